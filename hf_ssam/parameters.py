@@ -1,0 +1,77 @@
+"""Which parameters train, which of them are perturbed, and the one name each goes by."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, compiled or not; the model itself where there is none."""
+    return next((m.module for m in model.modules() if isinstance(m, DistributedDataParallel)), model)
+
+
+def stable_name(name: str) -> str:
+    """`name` without what `torch.compile` and checkpoint wrappers insert, so that state moves between runs."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters with `requires_grad`, by stable name; tied weights appear once.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    named = {stable_name(n): p for n, p in unwrapped(model).named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError(
+            f"model: no parameter of {type(unwrapped(model)).__name__} requires a gradient, so there is nothing to "
+            "train; unfreeze some with `parameter.requires_grad_(True)` or add an adapter."
+        )
+    return named
+
+
+def perturbed_names(model: nn.Module, perturb: str = "all") -> tuple[str, ...]:
+    """Names of the trainable parameters that `perturb` selects.
+
+    Args:
+        model: the model, wrapped or not.
+        perturb: `all`; `norm`, the parameters of normalisation layers only (SAM-ON, Müller et al. 2023, arXiv
+            2306.04226); or a regular expression searched for in the parameter names.
+
+    Raises:
+        ValueError: if nothing is selected, or the pattern is not a regular expression.
+    """
+    names = trainable(model)
+    if perturb == "all":
+        return tuple(names)
+    chosen = _norm_names(model) if perturb == "norm" else _matching(names, perturb)
+    selected = tuple(n for n in names if n in chosen)
+    if not selected:
+        raise ValueError(
+            f"perturb: `{perturb}` selects no trainable parameter; choose `all`, `norm` or a pattern that matches a "
+            f"name such as `{next(iter(names))}`."
+        )
+    return selected
+
+
+def _norm_names(model: nn.Module) -> set[str]:
+    modules = unwrapped(model).named_modules(remove_duplicate=False)
+    layers = ((prefix, m) for prefix, m in modules if "norm" in type(m).__name__.lower())
+    return {stable_name(f"{prefix}.{n}".lstrip(".")) for prefix, m in layers for n, _ in m.named_parameters(recurse=False)}
+
+
+def _matching(names: dict[str, nn.Parameter], pattern: str) -> set[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"perturb: `{pattern}` is not a regular expression ({error}); choose `all`, `norm` or a valid pattern."
+        ) from error
+    return {n for n in names if compiled.search(n)}

@@ -1,0 +1,128 @@
+"""Whose gradient the ascent follows when a step is spread over micro-batches and ranks (laws 4 and 5).
+
+    global       the gradient of the whole batch: summed over micro-batches, averaged over ranks (textbook SAM)
+    rank         each rank's own batch (m-sharpness, Foret et al. 2021, section 4.1; what most DDP code does unawares)
+    micro_batch  each micro-batch of each rank (mSAM, Behdin et al. 2023, arXiv 2302.09693)
+
+Under the last two a gradient of the first pass must never meet another rank's, and every factor belongs to the batch whose
+ratio it is. So both passes stay unsynchronised and the finished `d` is averaged once: what ranks apply is the same
+tensor, and they cannot drift.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from .tensors import Space
+
+SCOPES = ("global", "rank", "micro_batch")
+BUCKET_BYTES = 25 * 2**20
+
+
+class Ranks:
+    """How the passes of a model are synchronised.
+
+    Args:
+        model: the model as it is called, wrapped by DistributedDataParallel, sharded by FSDP2, or neither.
+        scope: one of `SCOPES`.
+        space: its trainable parameters.
+
+    Raises:
+        ValueError: if the scope is unknown, or the model's parameters are sharded and the scope is not `global`.
+    """
+
+    def __init__(self, model: nn.Module, scope: str, space: Space):
+        if scope not in SCOPES:
+            raise ValueError(f"ascent_scope: `{scope}` does not exist; choose one of {', '.join(SCOPES)}.")
+        if scope != "global" and space.is_sharded:
+            raise ValueError(
+                f"ascent_scope: `{scope}` needs each rank's own whole gradient, which a sharded model never holds; "
+                "choose ascent_scope=global, or train with DDP."
+            )
+        self.scope = scope
+        self._ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
+        self._fsdp = next((m for m in model.modules() if isinstance(m, FSDPModule)), None)
+        self._space = space
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that hold a replica."""
+        return 1 if self._ddp is None else dist.get_world_size(self._ddp.process_group)
+
+    def context(self) -> contextlib.AbstractContextManager:
+        """What a pass runs in: under `rank` and `micro_batch` no gradient leaves the rank, forward included."""
+        return contextlib.nullcontext() if self.scope == "global" else self.deferred()
+
+    def deferred(self) -> contextlib.AbstractContextManager:
+        """What all but the last pass over a batch run in: gradients add up locally."""
+        if self._ddp is not None:
+            return self._ddp.no_sync()
+        return contextlib.nullcontext() if self._fsdp is None else _unsynchronized(self._fsdp)
+
+    def unsynchronized(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """`run`, its gradients kept local until a later pass synchronises them."""
+
+        def deferred_run(*args):
+            with self.deferred():
+                return run(*args)
+
+        return deferred_run
+
+    def average(self) -> None:
+        """Average `.grad` over the ranks where the passes did not; a gradient that a rank lacks counts as zero."""
+        if self.scope == "global" or self.world_size == 1:
+            return
+        params = self._present()
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        for bucket in _buckets([p.grad for p in params]):
+            flat = _flatten_dense_tensors(bucket)
+            dist.all_reduce(flat, group=self._ddp.process_group)
+            flat /= self.world_size
+            torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
+
+    def _present(self) -> list[nn.Parameter]:
+        """Parameters that some rank has a gradient for.
+
+        Where DDP does not look for unused parameters, every one must have a gradient and none is asked. Where it
+        does, it reads a map of the used ones back to the host each step, and so do we: a parameter that no rank
+        used keeps `grad = None`, since AdamW would decay it by a zero gradient.
+        """
+        params = list(self._space.params.values())
+        if not self._ddp.find_unused_parameters:
+            return params
+        used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
+        dist.all_reduce(used, group=self._ddp.process_group)
+        return [p for p, u in zip(params, used.tolist(), strict=True) if u > 0]
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of one dtype and device, of about `BUCKET_BYTES` each: one collective a run."""
+    bucket: list[Tensor] = []
+    size = 0
+    for t in tensors:
+        if bucket and (size + t.nbytes > BUCKET_BYTES or t.dtype != bucket[0].dtype or t.device != bucket[0].device):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(t)
+        size += t.nbytes
+    if bucket:
+        yield bucket
+
+
+@contextlib.contextmanager
+def _unsynchronized(model: FSDPModule) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)

@@ -1,0 +1,107 @@
+"""What a rule is: a pure function of a vector and of the place it is applied at.
+
+`ascent` rules turn the gradient `g` into the direction `u` of the perturbation `e = ρ u`; `descent` rules turn the second
+gradient `ĝ` into the gradient `d` that the optimizer sees. Both are `(v, at) -> v`, so a method is a chain of them and a
+new paper is one more function. A rule keeps nothing itself: what must survive the step goes through `at.memory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .tensors import Space, Vector
+
+
+class Memory:
+    """The vectors a method keeps between steps, by slot and parameter name.
+
+    Rules read what earlier steps committed and stage what this step leaves; the engine commits once both passes are
+    known to be finite, so an overflow leaves the method's state untouched (law 7: the decision stays on the device).
+    """
+
+    def __init__(self) -> None:
+        self.slots: dict[str, Vector] = {}
+        self._staged: dict[str, Vector] = {}
+
+    def read(self, slot: str) -> Vector:
+        """What the last finite step left in `slot`; empty before the first."""
+        return self.slots.get(slot, {})
+
+    def stage(self, slot: str, v: Vector) -> None:
+        """Leave `v` (copied, since it may alias a gradient) for the next step."""
+        self._staged[slot] = {n: t.detach().clone() for n, t in v.items()}
+
+    def staged(self, slot: str) -> Vector:
+        """What this step has staged in `slot` so far."""
+        return self._staged.get(slot, {})
+
+    def commit(self, finite: Tensor) -> None:
+        """Accept what was staged where `finite` (bool, shape ()) holds; elsewhere keep what was there (or zeros)."""
+        for slot, v in self._staged.items():
+            old = self.slots.get(slot, {})
+            chosen = {n: torch.where(finite.to(t.device), t, old.get(n, torch.zeros_like(t))) for n, t in v.items()}
+            self.slots[slot] = {**old, **chosen}
+        self._staged.clear()
+
+    def drop(self) -> None:
+        """Forget what was staged: the step did not happen."""
+        self._staged.clear()
+
+
+@dataclass
+class At:
+    """Where a rule is applied.
+
+    Attributes:
+        space: norms and inner products, whole across shards.
+        w: local weights at which `g` was taken, of the parameters that are perturbed.
+        g: gradient of the first pass, all trainable parameters; empty in the descent unless the method keeps it.
+        grad_norm: `‖g‖` over all trainable parameters, shape ().
+        rho: radius ρ of this step.
+        step: how many perturbed steps the method has made before this one.
+        memory: what the method keeps between steps.
+        scale: the factor γ that `descent.renormalize` applied, shape (); 1 elsewhere.
+    """
+
+    space: Space
+    w: Vector
+    g: Vector
+    grad_norm: Tensor
+    rho: float
+    step: int = 0
+    memory: Memory = field(default_factory=Memory)
+    scale: Tensor | float = 1.0
+    _normed: tuple[Vector, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self._normed = (self.g, self.grad_norm)
+
+    def norm(self, v: Vector) -> Tensor:
+        """`‖v‖`, shape (); asked twice of the same vector, computed once."""
+        if self._normed is None or self._normed[0] is not v:
+            self._normed = (v, self.space.norm(v))
+        return self._normed[1]
+
+    def release(self, keep_gradient: bool) -> None:
+        """Let go of `g` before the second pass, unless the descent reads it: it is a model's worth of memory."""
+        self._normed = None
+        if not keep_gradient:
+            self.g = {}
+
+
+Rule = Callable[[Vector, At], Vector]
+
+
+def chain(*rules: Rule) -> Rule:
+    """The rule that applies `rules` from left to right; of none, the identity."""
+
+    def chained(v: Vector, at: At) -> Vector:
+        for rule in rules:
+            v = rule(v, at)
+        return v
+
+    return chained

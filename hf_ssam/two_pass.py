@@ -1,0 +1,351 @@
+"""The engine: pass, perturb, pass, restore, combine.
+
+    g = ∇L(w)            first pass, over every micro-batch of the step
+    u = ascent(g)        w ← w + ρ u
+    ĝ = ∇L(w + ρ u)      second pass, over the same micro-batches, the same random numbers, the same buffers
+                         w ← the copy taken before, in `finally`
+    d = descent(ĝ)       left in `.grad`; the optimizer does the rest and never knows
+
+It knows torch and nothing of the Trainer. `TwoPass.step` is the whole of it for a loop that holds all micro-batches at once; a
+host that hands them over one at a time calls the phases `begin`, `first_pass` (each) and `finish`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .methods import Method, Rules, checked_rho, get_method
+from .parameters import perturbed_names, trainable, unwrapped
+from .precision import is_low_precision, survival, warn_if_lost
+from .ranks import Ranks
+from .replay import RandomState, Replay
+from .rules import At, Memory
+from .tensors import Snapshot, Space, Vector, local, move, scaled
+
+RunPass = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did. Tensors have shape () and stay on the device; a pass that did not run leaves None.
+
+    Attributes:
+        loss: sum of what the first passes returned.
+        ascent_loss: sum of what the second passes returned, at `w + e`.
+        grad_norm: `‖g‖`, loss scale undone.
+        ascent_grad_norm: `‖ĝ‖`, loss scale undone.
+        perturbation_norm: `‖e‖ = ρ ‖u‖`.
+        scale: γ, the factor applied to `ĝ`; 1 where the method does not renormalise.
+        passes: forward-backward passes over the batch.
+        skipped: bool; whether a loss or a norm was not finite, so that this gradient must not be applied.
+
+    Under `micro_batch` losses are summed and the other fields averaged over the micro-batches.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+    ascent_loss: Tensor | None = None
+    ascent_grad_norm: Tensor | None = None
+    perturbation_norm: Tensor | None = None
+    scale: Tensor | float = 1.0
+    passes: float = 1.0
+
+
+@dataclass
+class Window:
+    """The passes that ascend together: all micro-batches of a step, or one of them under `micro_batch`."""
+
+    buffers_seen: Any
+    loss_scale: float | Tensor | None
+    runs: list[RunPass] = field(default_factory=list)
+    rng_seen: list[RandomState | None] = field(default_factory=list)
+    loss: Tensor | float = 0.0
+    share: float | Tensor = 0.0
+
+
+class TwoPass:
+    """Computes a sharpness-aware gradient in any torch loop.
+
+    Example:
+        two_pass = TwoPass(model, method="ssam", rho=0.05)
+        report = two_pass.step(forward_backward)     # () -> loss
+        optimizer.step(); optimizer.zero_grad()
+
+    Args:
+        model: the model as it is called: plain, compiled, in DistributedDataParallel, or sharded by FSDP2.
+        method: a name in `METHODS`, or a `Method` from `get_method`.
+        rho: radius ρ ≥ 0, in the units of the method's ascent (`METHODS[name].rho` where None); 0 is one plain pass.
+            May be set between steps.
+        scope: whose gradient the ascent follows (`hf_ssam.ranks`): `global`, `rank` or `micro_batch`.
+        perturb: which parameters: `all`, `norm`, or a regular expression on their names.
+        replay_rng: whether the second pass draws the same random numbers as the first.
+        offload_snapshot: keep the copy of the weights in host memory.
+        **options: the method's own options.
+
+    Raises:
+        ValueError: for an unknown method, option, scope or pattern, a value out of range, or a model without trainable
+            parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str | Method = "ssam",
+        rho: float | None = None,
+        *,
+        scope: str = "global",
+        perturb: str = "all",
+        replay_rng: bool = True,
+        offload_snapshot: bool = False,
+        **options: Any,
+    ):
+        self.method = method if isinstance(method, Method) else get_method(method, **options)
+        self.rho = rho
+        self.space = Space(trainable(model))
+        self.perturbed = perturbed_names(model, perturb)
+        self.ranks = Ranks(model, scope, self.space)
+        self.offload_snapshot = offload_snapshot
+        self.steps = 0
+        self._rules: Rules = self.method.rules()
+        self._memory = Memory()
+        self._replay = Replay(unwrapped(model), replay_rng)
+        self._window: Window | None = None
+        self._reports: list[StepReport] = []
+        self._survival_known = not is_low_precision([self.space.params[n] for n in self.perturbed])
+
+    @property
+    def rho(self) -> float:
+        """Radius ρ of the next step."""
+        return self._rho
+
+    @rho.setter
+    def rho(self, value: float | None) -> None:
+        self._rho = checked_rho(value, self.method)
+
+    def step(self, run_pass: RunPass | Sequence[RunPass], loss_scale: float | Tensor | None = None) -> StepReport:
+        """Leave the descent gradient in `.grad`, and the weights as they were.
+
+        Args:
+            run_pass: `() -> loss`, running forward and backward once; or one such callable for each micro-batch, their
+                losses already weighted by their share of the batch (`loss / n`). Each is called once a pass.
+            loss_scale: what the losses were multiplied by before backward, such as `scaler.get_scale()`; the gradient
+                left behind carries it too.
+
+        Returns:
+            What the step did. Where `skipped` is true the gradient is not finite: a GradScaler skips it by itself,
+            a loop without one must set the gradients to None.
+        """
+        runs = [run_pass] if callable(run_pass) else list(run_pass)
+        if not runs:
+            raise ValueError("run_pass: got an empty list; pass a callable, or one callable for each micro-batch.")
+        self.begin(loss_scale)
+        for run in runs[:-1]:
+            self.first_pass(self.ranks.unsynchronized(run), 1 / len(runs))
+        self.first_pass(runs[-1], 1 / len(runs))
+        return self.finish()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a step has begun and not finished."""
+        return self._window is not None
+
+    def begin(self, loss_scale: float | Tensor | None = None) -> None:
+        """Open a step. `.grad` is None, or zero, on entry."""
+        self._reports = []
+        self._window = self._new_window(loss_scale)
+
+    def first_pass(self, run: RunPass, share: float | Tensor = 1.0) -> Tensor:
+        """Run one micro-batch at `w`, and under `micro_batch` its second pass as well.
+
+        Args:
+            run: `() -> loss`.
+            share: the weight its mean loss has in the batch loss; under `rank` and `micro_batch` it is undone before the
+                ascent, so that `e = ρ g` has the length it would have alone.
+
+        Returns:
+            The loss, detached.
+        """
+        with self._abandoned_on_error():
+            if self.ranks.scope != "micro_batch":
+                return self._first(self._window, run, share)
+            carried = self._taken_grads()
+            window = self._new_window(self._window.loss_scale)
+            loss = self._first(window, run, share)
+            self._reports.append(self._close(window))
+            self._add_grads(carried)
+            return loss
+
+    def finish(self) -> StepReport:
+        """Run what is left of the step and leave `d` in `.grad`, the same on every rank."""
+        with self._abandoned_on_error():
+            reports = self._reports or [self._close(self._window)]
+            self.ranks.average()
+        self._window = None
+        self.steps += any(r.perturbation_norm is not None for r in reports)
+        return _merged(reports)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart: tensors by slot and parameter name, sharded as the parameters are."""
+        memory = {
+            slot: {n: self.space.globalized(n, t) for n, t in v.items()} for slot, v in self._memory.slots.items()
+        }
+        return {"method": self.method.name, "steps": self.steps, "memory": memory}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state that `state_dict` gave.
+
+        Raises:
+            ValueError: if it names parameters that this model does not train.
+        """
+        unknown = sorted({n for v in state["memory"].values() for n in v} - set(self.space.params))
+        if unknown:
+            raise ValueError(
+                f"state: it holds vectors for `{unknown[0]}` and {len(unknown) - 1} more that this model does not "
+                "train; resume with the model that the state was saved with, or start a new run."
+            )
+        self.steps = state["steps"]
+        self._memory.slots = {
+            slot: {n: self.space.localized(n, t) for n, t in v.items()} for slot, v in state["memory"].items()
+        }
+
+    def _new_window(self, loss_scale: float | Tensor | None) -> Window:
+        return Window(self._replay.saw_buffers(), loss_scale)
+
+    def _first(self, window: Window, run: RunPass, share: float | Tensor) -> Tensor:
+        window.runs.append(run)
+        window.rng_seen.append(self._replay.saw_rng())
+        window.share = window.share + share
+        loss = self._run(run)
+        window.loss = window.loss + loss
+        return loss
+
+    def _run(self, run: RunPass) -> Tensor:
+        with self.ranks.context():
+            return run().detach()
+
+    def _close(self, window: Window) -> StepReport:
+        """The second half of a window: from `g` in `.grad` to `d` in `.grad`."""
+        unit = self._unit(window)
+        g = self._grads(unit)
+        grad_norm = self.space.norm(g)
+        targets = {n: g[n] for n in self.perturbed if n in g} if self.rho > 0 else {}
+        if not targets:
+            return StepReport(window.loss, grad_norm, ~_all_finite(window.loss, grad_norm))
+        targets = g if len(targets) == len(g) else targets
+        at = At(self.space, self.space.weights(targets), g, grad_norm, self.rho, self.steps, self._memory)
+        u = self._rules.ascent(targets, at)
+        at.release(keep_gradient=self._rules.keeps_gradient)
+        del g, targets
+        perturbation_norm = self.rho * self.space.norm(u)
+        ascent_loss = self._second(window, u)
+        ascent_grads = self._grads(unit)
+        ascent_grad_norm = at.norm(ascent_grads)
+        finite = _all_finite(window.loss, ascent_loss, grad_norm, ascent_grad_norm)
+        self._hand_on(ascent_grads, self._rules.descent(ascent_grads, at), unit, window, finite)
+        self._memory.commit(finite)
+        return StepReport(
+            window.loss, grad_norm, ~finite, ascent_loss, ascent_grad_norm, perturbation_norm, at.scale, 2.0
+        )
+
+    def _second(self, window: Window, u: Vector) -> Tensor:
+        """Run the window at `w + ρ u`; the weights come back by copy, whatever happens."""
+        w = self.space.weights(u)
+        snapshot = Snapshot(w.values(), self.offload_snapshot)
+        try:
+            move(w, u, self.rho)
+            self._check_survival(w, snapshot, u)
+            self.space.clear_grads()
+            with self._replay.rewound(window.buffers_seen):
+                return sum(self._replayed(run, rng) for run, rng in zip(window.runs, window.rng_seen, strict=True))
+        finally:
+            snapshot.restore()
+
+    def _replayed(self, run: RunPass, rng: RandomState | None) -> Tensor:
+        if rng is not None:
+            rng.restore()
+        return self._run(run)
+
+    def _unit(self, window: Window) -> float | Tensor:
+        """What the window's gradient is a multiple of: the loss scale, and its share where it ascends by itself."""
+        share = 1.0 if self.ranks.scope == "global" else window.share
+        return share if window.loss_scale is None else share * window.loss_scale
+
+    def _grads(self, unit: float | Tensor) -> Vector:
+        raw = self.space.grads()
+        return scaled(raw, 1 / unit) if isinstance(unit, Tensor) or unit != 1 else raw
+
+    def _hand_on(self, second: Vector, d: Vector, unit: float | Tensor, window: Window, finite: Tensor) -> None:
+        """Write `d` to `.grad` in the loss's scale; under a loss scale a step to be skipped is made non-finite."""
+        if window.loss_scale is not None:
+            spoiled = torch.where(finite, 1.0, torch.nan)
+            self.space.write_grads(scaled(self.space.grads() if d is second else scaled(d, unit), spoiled))
+        elif d is not second:
+            self.space.write_grads(scaled(d, unit) if isinstance(unit, Tensor) or unit != 1 else d)
+
+    def _check_survival(self, w: Vector, snapshot: Snapshot, u: Vector) -> None:
+        """Once, and only where a perturbed weight is in low precision: measure what rounding left of the step."""
+        if not self._survival_known:
+            self._survival_known = True
+            lowest = max((t.dtype for t in w.values()), key=lambda dtype: torch.finfo(dtype).eps)
+            warn_if_lost(survival(w, snapshot.copies, u, self.rho), lowest, self.rho)
+
+    def _taken_grads(self) -> dict[str, Tensor]:
+        taken = {n: p.grad for n, p in self.space.params.items() if p.grad is not None}
+        self.space.clear_grads()
+        return taken
+
+    def _add_grads(self, carried: dict[str, Tensor]) -> None:
+        """Add to `.grad` what earlier micro-batches had left there, in the order autograd would have: theirs first."""
+        present = self.space.grads()
+        both = [n for n in carried if n in present]
+        if both:
+            sums = torch._foreach_add([local(carried[n]) for n in both], [present[n] for n in both])
+            torch._foreach_copy_([present[n] for n in both], sums)
+        for name in carried.keys() - present.keys():
+            self.space.params[name].grad = carried[name]
+
+    @contextlib.contextmanager
+    def _abandoned_on_error(self) -> Iterator[None]:
+        """A step that dies leaves no half-made gradient and no half-made state: the next one starts afresh."""
+        try:
+            yield
+        except BaseException:
+            self._window, self._reports = None, []
+            self._memory.drop()
+            self.space.clear_grads()
+            raise
+
+
+def _all_finite(*values: Tensor) -> Tensor:
+    """Whether every one of some tensors of shape () is finite, decided on the first one's device."""
+    return torch.isfinite(torch.stack([v.detach().to(values[0].device, torch.float64) for v in values])).all()
+
+
+def _merged(reports: list[StepReport]) -> StepReport:
+    """One report of several windows: losses add up, the rest is averaged, one skip skips all."""
+    if len(reports) == 1:
+        return reports[0]
+
+    def values(name: str) -> list:
+        return [v for r in reports if (v := getattr(r, name)) is not None]
+
+    def mean(name: str) -> Any:
+        return sum(values(name)) / len(values(name)) if values(name) else None
+
+    return StepReport(
+        loss=sum(values("loss")),
+        grad_norm=mean("grad_norm"),
+        skipped=torch.stack(values("skipped")).any(),
+        ascent_loss=sum(values("ascent_loss")) if values("ascent_loss") else None,
+        ascent_grad_norm=mean("ascent_grad_norm"),
+        perturbation_norm=mean("perturbation_norm"),
+        scale=mean("scale"),
+        passes=mean("passes"),
+    )
