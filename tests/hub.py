@@ -1,13 +1,14 @@
 """A stand-in for the Hugging Face Hub: one loopback port, enough of the protocol for the real client.
 
-`huggingface_hub` is pointed at it by `HF_ENDPOINT` (read when the module is imported, so the client lives in a process of
-its own, see `client_env`). What is spoken: who am I, create a repository or a branch, model info, tree, YAML check,
-pre-upload, the Git LFS batch call with its upload, commit, and download (HEAD and GET of `resolve`). The Xet transfer is a
-binary protocol of its own; the client falls back to Git LFS when `HF_HUB_DISABLE_XET=1`, which is the path spoken here.
+`huggingface_hub` is pointed at it by `HF_ENDPOINT` (read when the module is imported, so the client lives in a
+process of its own, see `client_env`). What is spoken: who am I, create a repository or a branch, model info, tree,
+YAML check, pre-upload, the Git LFS batch call with its upload, commit, and download (HEAD and GET of `resolve`). The
+Xet transfer is a binary protocol of its own; the client falls back to Git LFS when `HF_HUB_DISABLE_XET=1`, which is
+the path spoken here.
 
-Written from the requests that huggingface_hub 2.4 sends (`hf_api.py`, `_commit_api.py`, `lfs.py`, `file_download.py`), since no
-package found on PyPI serves uploads: the one with the right name ships a client for a server that it does not contain, and the
-mirrors are read-only.
+Written from the requests that huggingface_hub 2.4 sends (`hf_api.py`, `_commit_api.py`, `lfs.py`,
+`file_download.py`), since no package found on PyPI serves uploads: the one with the right name ships a client for a
+server that it does not contain, and the mirrors are read-only.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class HubStandIn:
     """The server. Use it as a context manager; `repos` maps `namespace/name` to `Repository`.
 
     Args:
-        dies_at: Called with the method and the path of each request; where it returns True, the connection is cut without an
-            answer and every later one is refused, as when the network goes away.
+        dies_at: Called with the method and the path of each request; where it returns True, the connection is cut
+            without an answer and every later one is refused, as when the network goes away.
     """
 
     def __init__(self, dies_at: Callable[[str, str], bool] = lambda method, path: False):
