@@ -1,0 +1,124 @@
+"""How much the loss rises inside a ball round the weights: the sharpness that SAM itself lowers.
+
+    max_{‖T⁻¹e‖ ≤ ρ} L(w + e) − L(w)         T = 1, or T = |w| + η for the adaptive ball (ASAM, arXiv 2102.11600)
+
+SAM replaces the maximum by one step of ascent, `e = ρ T²g/‖Tg‖`; so does this, and takes more steps where asked for.
+m-sharpness (Foret et al. 2021, arXiv 2010.01412, section 4.1) averages the rise over shards of m rows, each with a
+perturbation of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .objective import Objective
+from .probe import Batches, split_rows
+
+STEP = 2.5
+"""Length of a step of projected ascent is `STEP ρ / steps`, the habit of adversarial training."""
+
+
+@dataclass(frozen=True)
+class AscentSharpness:
+    """What `ascent_sharpness` returns.
+
+    Attributes:
+        value: rise of the loss, a lower bound of the maximum over the ball.
+        loss: the loss at w.
+        rho, adaptive, m, steps: what was asked for.
+        passes: gradients and losses evaluated, each over one shard.
+        precision: as in `Eigenvalues`.
+    """
+
+    value: float
+    loss: float
+    rho: float
+    adaptive: bool
+    m: int | None
+    steps: int
+    passes: int
+    precision: str
+
+
+def ascent_sharpness(
+    model: nn.Module,
+    batches: Batches,
+    rho: float = 0.05,
+    *,
+    adaptive: bool = False,
+    eta: float = 0.01,
+    m: int | None = None,
+    steps: int = 1,
+    **probe: Any,
+) -> AscentSharpness:
+    """Largest rise of the loss found in a ball of radius `rho`.
+
+    Args:
+        model: any model; it is left as it was to the bit (`w + e` lives in tensors of its own).
+        batches: see `Objective`.
+        rho: radius ρ > 0.
+        adaptive: the ball of ASAM, in which T = |w| + `eta`.
+        eta: η ≥ 0.
+        m: rows a shard, Foret's m; None for one perturbation over all batches. A run trained with `m` rows a
+            micro-batch and `ascent_scope=micro_batch` lowers this m-sharpness.
+        steps: ascent steps; 1 is SAM's perturbation, more come nearer to the maximum.
+        **probe: as in `top_eigenvalues`. With `m`, every rank averages over its own shards (`distributed=False`).
+
+    Raises:
+        ValueError: for a radius, m or number of steps out of range, and as `Objective`.
+    """
+    if not rho > 0 or steps < 1 or (m is not None and m < 1):
+        raise ValueError(f"rho, steps, m: {rho}, {steps} and {m} are not allowed; choose rho > 0, steps and m from 1.")
+    objective = Objective(model, batches, **({"distributed": False} if m else {}) | probe)
+    metric = torch.cat([(w.abs() + eta).flatten() for w in objective.weights().values()]) if adaptive else None
+    rise = base = 0.0
+    passes = 0
+    for shard, share in _shards(objective, m):
+        shard.losses = shard.gradients = 0
+        loss = shard.value()
+        rise += share * (_highest(shard, rho, metric, steps) - loss)
+        base += share * loss
+        passes += shard.losses + shard.gradients
+    objective.close()
+    return AscentSharpness(rise, base, rho, adaptive, m, steps, passes, objective.precision)
+
+
+def _shards(objective: Objective, m: int | None) -> Iterator[tuple[Objective, float]]:
+    """Each shard's loss and its share of the mean; a shard without items has none and is left out."""
+    if m is None:
+        yield objective, 1.0
+        return
+    for batch in objective.batches():
+        for rows in split_rows(batch, m):
+            shard = objective.over(rows)
+            if shard.total:
+                yield shard, shard.total / objective.total
+
+
+def _highest(shard: Objective, rho: float, metric: Tensor | None, steps: int) -> float:
+    """Highest loss met on the way up, at the last step or before."""
+    offset, length = None, rho if steps == 1 else STEP * rho / steps
+    highest = -float("inf")
+    for _ in range(steps):
+        up = _direction(shard.gradient(offset), metric).mul_(length)
+        offset = _projected(up if offset is None else offset.add_(up), rho, metric)
+        highest = max(highest, shard.value(offset))
+    return highest
+
+
+def _direction(g: Tensor, metric: Tensor | None) -> Tensor:
+    """`T²g/‖Tg‖`, of length 1 in the ball's norm; zero where the gradient is."""
+    scaled = g if metric is None else g * metric
+    unit = scaled / scaled.norm().clamp_min(torch.finfo(g.dtype).tiny)
+    return unit if metric is None else unit * metric
+
+
+def _projected(offset: Tensor, rho: float, metric: Tensor | None) -> Tensor:
+    # T = 0 (η = 0 at a zero weight) leaves e = 0 there, and 0/0 has to count as 0.
+    norm = (offset if metric is None else torch.nan_to_num(offset / metric, nan=0.0)).norm()
+    return offset * torch.clamp(rho / norm, max=1.0) if norm > 0 else offset
