@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -37,18 +38,18 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return named
 
 
-def perturbed_names(model: nn.Module, perturb: str = "all") -> tuple[str, ...]:
-    """Names of the trainable parameters that `perturb` selects.
+def perturbed_names(model: nn.Module, perturb: str, names: Collection[str]) -> tuple[str, ...]:
+    """Those of `names` that `perturb` selects.
 
     Args:
         model: the model, wrapped or not.
         perturb: `all`; `norm`, the parameters of normalisation layers only (SAM-ON, Müller et al. 2023, arXiv
             2306.04226); or a regular expression searched for in the parameter names.
+        names: the trainable parameters' names.
 
     Raises:
         ValueError: if nothing is selected, or the pattern is not a regular expression.
     """
-    names = trainable(model)
     if perturb == "all":
         return tuple(names)
     chosen = _norm_names(model) if perturb == "norm" else _matching(names, perturb)
@@ -67,7 +68,7 @@ def _norm_names(model: nn.Module) -> set[str]:
     return {stable_name(f"{prefix}.{n}".lstrip(".")) for prefix, m in layers for n, _ in m.named_parameters(recurse=False)}
 
 
-def _matching(names: dict[str, nn.Parameter], pattern: str) -> set[str]:
+def _matching(names: Collection[str], pattern: str) -> set[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:

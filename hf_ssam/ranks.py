@@ -51,6 +51,8 @@ class Ranks:
         self._ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
         self._fsdp = next((m for m in model.modules() if isinstance(m, FSDPModule)), None)
         self._space = space
+        replicas = None if self._ddp is None else self._ddp.process_group
+        self._group = dist.group.WORLD if space.is_sharded else replicas
 
     @property
     def world_size(self) -> int:
@@ -89,6 +91,14 @@ class Ranks:
             dist.all_reduce(flat, group=self._ddp.process_group)
             flat /= self.world_size
             torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
+
+    def agreed(self, finite: Tensor) -> Tensor:
+        """Whether `finite` (bool, shape ()) holds on every rank; a loss is local, and one rank must not step alone."""
+        if self._group is None:
+            return finite
+        votes = finite.to(next(iter(self._space.params.values())).device, torch.float32)
+        dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self._group)
+        return votes.bool()
 
     def _present(self) -> list[nn.Parameter]:
         """Parameters that some rank has a gradient for.

@@ -13,7 +13,7 @@ host that hands them over one at a time calls the phases `begin`, `first_pass` (
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +85,7 @@ class TwoPass:
             May be set between steps.
         scope: whose gradient the ascent follows (`hf_ssam.ranks`): `global`, `rank` or `micro_batch`.
         perturb: which parameters: `all`, `norm`, or a regular expression on their names.
+        parameters: what trains, by name, where that is more than the model's own parameters (a loss with weights).
         replay_rng: whether the second pass draws the same random numbers as the first.
         offload_snapshot: keep the copy of the weights in host memory.
         **options: the method's own options.
@@ -102,14 +103,15 @@ class TwoPass:
         *,
         scope: str = "global",
         perturb: str = "all",
+        parameters: Mapping[str, nn.Parameter] | None = None,
         replay_rng: bool = True,
         offload_snapshot: bool = False,
         **options: Any,
     ):
         self.method = method if isinstance(method, Method) else get_method(method, **options)
         self.rho = rho
-        self.space = Space(trainable(model))
-        self.perturbed = perturbed_names(model, perturb)
+        self.space = Space(trainable(model) if parameters is None else parameters)
+        self.perturbed = perturbed_names(model, perturb, self.space.params)
         self.ranks = Ranks(model, scope, self.space)
         self.offload_snapshot = offload_snapshot
         self.steps = 0
@@ -237,7 +239,7 @@ class TwoPass:
         grad_norm = self.space.norm(g)
         targets = {n: g[n] for n in self.perturbed if n in g} if self.rho > 0 else {}
         if not targets:
-            return StepReport(window.loss, grad_norm, ~_all_finite(window.loss, grad_norm))
+            return StepReport(window.loss, grad_norm, ~self.ranks.agreed(_all_finite(window.loss, grad_norm)))
         targets = g if len(targets) == len(g) else targets
         at = At(self.space, self.space.weights(targets), g, grad_norm, self.rho, self.steps, self._memory)
         u = self._rules.ascent(targets, at)
@@ -247,7 +249,7 @@ class TwoPass:
         ascent_loss = self._second(window, u)
         ascent_grads = self._grads(unit)
         ascent_grad_norm = at.norm(ascent_grads)
-        finite = _all_finite(window.loss, ascent_loss, grad_norm, ascent_grad_norm)
+        finite = self.ranks.agreed(_all_finite(window.loss, ascent_loss, grad_norm, ascent_grad_norm))
         self._hand_on(ascent_grads, self._rules.descent(ascent_grads, at), unit, window, finite)
         self._memory.commit(finite)
         return StepReport(
