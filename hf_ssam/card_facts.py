@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers.modelcard import parse_log_history
 
+from .checkpoints import TRAINER_STATE, sorted_checkpoints
 from .command_line import public
 from .methods import Method, checked_rho
 
@@ -97,20 +98,19 @@ def sharpness_rows(log: Log) -> list[dict[str, Any]]:
 def compute_cost(log: Log, method: Method, steps: int, plain: PlainRun | None) -> dict[str, Any]:
     """What the run cost: passes a step, gradients of the whole batch, seconds, and the plain optimizer's seconds.
 
-    `ssam/passes` is the mean over the steps since the entry before, so each entry counts for as many steps.
+    The gradients are `ssam/total_passes`, which counts from the first step on and over restarts; the last entry that
+    has it may lie before the last step, and its step is given beside it.
     """
-    gradients, counted, scale = 0.0, 0, []
-    for entry in log:
-        if "ssam/passes" in entry:
-            gradients += entry["ssam/passes"] * (entry["step"] - counted)
-            counted = entry["step"]
-            scale += [entry["ssam/scale"]] if entry.get("ssam/scale") is not None else []
+    counted = [entry for entry in log if "ssam/total_passes" in entry]
+    scales = [entry["ssam/scale"] for entry in counted if "ssam/scale" in entry]
     seconds = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
     return {
         "passes": method.passes,
         "steps": steps,
-        "gradients": round(gradients * steps / counted) if counted else None,
-        "scale": (min(scale), max(scale)) if scale else None,
+        "gradients": counted[-1]["ssam/total_passes"] if counted else None,
+        "gradients_step": counted[-1].get("step") if counted else None,
+        "skipped": sum(entry.get("ssam/skipped_steps", 0) for entry in log),
+        "scale": (min(scales), max(scales)) if scales else None,
         "seconds": seconds,
         "plain": plain.name if plain else None,
         "plain_seconds": plain.seconds if plain else None,
@@ -177,9 +177,8 @@ def plain_run(folder: str | Path) -> PlainRun:
     Raises:
         ValueError: where the folder holds neither.
     """
-    checkpoints = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
-    for place in [Path(folder), *reversed(checkpoints)]:
-        path = place / "trainer_state.json"
+    for place in [Path(folder), *reversed(sorted_checkpoints(folder))]:
+        path = place / TRAINER_STATE
         if path.is_file():
             state = json.loads(path.read_text("utf-8"))
             _, after = evaluations(state["log_history"], {}, state.get("best_global_step"))
