@@ -99,7 +99,7 @@ def test_what_each_strategy_pushes(tmp_path, strategy, folders):
 def test_refusals_are_one_sentence_before_the_first_step(tmp_path):
     with HubStandIn() as hub:
         mine, other = (
-            json.dumps({"architectures": [n]}).encode() for n in ("BertForSequenceClassification", "GPT2Model")
+            b'{"architectures": ["%s"]}' % name for name in (b"BertForSequenceClassification", b"GPT2Model")
         )
         found = {"taken": ("weights.npz", b"0"), "other-class": ("config.json", other), "mine": ("config.json", mine)}
         for name, (path, data) in found.items():
