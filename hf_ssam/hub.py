@@ -187,10 +187,11 @@ def explain(error: BaseException, repo: str, revision: str | None = None) -> str
         )
     if isinstance(error, HfHubHTTPError):
         return _explain_status(error, repo)
-    return (
-        f"The push to {repo} failed, {constants.ENDPOINT} cannot be reached or broke off "
-        f"({type(_root(error)).__name__}); check the network"
-    )
+    root = _root(error)
+    if isinstance(root, httpx.HTTPError | OSError):
+        where = f"{constants.ENDPOINT} cannot be reached or broke off ({type(root).__name__})"
+        return f"The push to {repo} failed, {where}; check the network"
+    return f"The push to {repo} failed ({' '.join(str(root).split())})"
 
 
 def _explain_status(error: HfHubHTTPError, repo: str) -> str:

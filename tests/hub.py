@@ -68,7 +68,7 @@ class HubStandIn:
 
     Args:
         dies_at: Called with the method and the path of each request; where it returns True, the connection is cut
-            without an answer and every later one is refused, as when the network goes away.
+            without an answer and so is every later one, as when the network goes away.
     """
 
     def __init__(self, dies_at: Callable[[str, str], bool] = lambda method, path: False):

@@ -44,13 +44,11 @@ def said(done: subprocess.CompletedProcess[str], word: str) -> list[str]:
 def test_push_and_load_in_a_fresh_process(tmp_path):
     with HubStandIn() as hub:
         first = Client(hub, tmp_path)
-        trained = first.script(
-            "train", "push", "--output_dir", "toy", "--push_to_hub", "--hub_private_repo", "True", *RUN
-        )
+        trained = first.script("train", "push", "--output_dir", "toy", "--hub_private_repo", "True", *PUSH)
         assert trained.returncode == 0, trained.stderr[-2000:]
         repo = hub.repos["tester/toy"]
         assert repo.private
-        assert repo.summaries == ["initial commit", "Training in progress, step 2", "End of training"]
+        assert repo.summaries[1] == "Training in progress, step 2" and repo.summaries[-1] == "End of training"
         assert {"README.md", "model.safetensors", "tokenizer.json", "figures/loss_curve.png"} <= set(repo.files)
         assert any(path.startswith("runs/") and ".tfevents." in path for path in repo.files)
         assert not [path for path in repo.files if path.startswith("checkpoint-")]
