@@ -163,7 +163,7 @@ def public_base_model(name: Any, model: Any) -> dict[str, str | None]:
     The Hub refuses a card whose `base_model` is a path, and a path tells about the machine it is on.
     """
     known = name[0] if isinstance(name, list) and name else name
-    path = known or model.config._name_or_path
+    path = known or getattr(model.config, "_name_or_path", None)
     if not path:
         return {"id": None, "folder": None}
     if os.path.isdir(path) or not REPO_ID.fullmatch(path):
