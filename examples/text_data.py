@@ -1,0 +1,220 @@
+"""Text classification data from anywhere, checked before a model is loaded.
+
+`load` reads a GLUE task, a data set by name or folder, local CSV/TSV/JSON files, or one of the offline sets;
+`number_labels` and `text_columns` find out what is in it. Whatever cannot work is a `UsageError` that names the file
+and the column.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
+
+import offline
+from cli import UsageError
+
+GLUE_COLUMNS = {
+    "cola": ["sentence"],
+    "mnli": ["premise", "hypothesis"],
+    "mrpc": ["sentence1", "sentence2"],
+    "qnli": ["question", "sentence"],
+    "qqp": ["question1", "question2"],
+    "rte": ["sentence1", "sentence2"],
+    "sst2": ["sentence"],
+    "stsb": ["sentence1", "sentence2"],
+    "wnli": ["sentence1", "sentence2"],
+}
+OFFLINE: dict[str, Callable[[], DatasetDict]] = {
+    "trec": offline.trec,
+    "trec_fine": lambda: offline.trec(fine=True),
+    "movie_reviews": offline.movie_reviews,
+}
+READERS = {
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"keep_default_na": False, "delimiter": "\t"}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+}
+USUAL_COLUMNS = (["sentence1", "sentence2"], ["text"], ["sentence"])
+
+
+@dataclass
+class DataArguments:
+    """What to train and to test on. With no task, data set or file, an offline set is used."""
+
+    task_name: str | None = field(default=None, metadata={"help": f"A GLUE task: {', '.join(GLUE_COLUMNS)}."})
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, or a local folder."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "The configuration of --dataset_name."})
+    train_file: str | None = field(default=None, metadata={"help": "A .csv, .tsv, .json or .jsonl file."})
+    validation_file: str | None = field(default=None, metadata={"help": "What to evaluate on, in the same columns."})
+    test_file: str | None = field(default=None, metadata={"help": "What to predict; labels are optional."})
+    offline_dataset: Literal["trec", "trec_fine", "movie_reviews"] = field(
+        default="trec", metadata={"help": "The set to use when none of the above is given; needs no hub."}
+    )
+    text_column_names: list[str] | None = field(
+        default=None, metadata={"help": "The column with the text, or two of them for pairs; guessed if not given."}
+    )
+    label_column_name: str = field(default="label", metadata={"help": "The column with the label."})
+    max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut to so many tokens."})
+    pad_to_max_length: bool = field(default=False, metadata={"help": "Pad every text to that length, for compilers."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many examples."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many examples."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict so many examples."})
+    metric_name: str | None = field(
+        default=None, metadata={"help": "A metric on the Hub, or a path, in place of the ones in examples/metrics."}
+    )
+
+    def __post_init__(self) -> None:
+        sources = [self.task_name, self.dataset_name, self.train_file or self.validation_file or self.test_file]
+        if sum(source is not None for source in sources) > 1:
+            raise ValueError("give only one of --task_name, --dataset_name and files (--train_file and its like)")
+        if self.task_name is not None and self.task_name not in GLUE_COLUMNS:
+            raise ValueError(f"--task_name {self.task_name} is not a GLUE task: choose from {', '.join(GLUE_COLUMNS)}")
+        if self.text_column_names is not None and len(self.text_column_names) not in (1, 2):
+            raise ValueError(f"--text_column_names takes one or two columns, not {len(self.text_column_names)}")
+
+
+def load(data: DataArguments) -> DatasetDict:
+    """The splits ``train``, ``validation`` and ``test``, as far as there are any, none of them empty.
+
+    Raises:
+        UsageError: a file or data set is missing, unreadable or empty.
+    """
+    raw = _splits(data)
+    for split, rows in raw.items():
+        if not rows.num_rows:
+            raise UsageError(f"{source_of(data, split)} is empty: it has no examples")
+    if data.task_name == "mnli":
+        raw = {name.removesuffix("_matched"): rows for name, rows in raw.items() if "mismatched" not in name}
+    return DatasetDict(raw)
+
+
+def source_of(data: DataArguments, split: str) -> str:
+    """How to name `split` in a message: its file, or the split and its data set."""
+    file = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}.get(split)
+    return file or f"the {split} split of {data.task_name or data.dataset_name or data.offline_dataset}"
+
+
+def text_columns(rows: Dataset, data: DataArguments, split: str) -> list[str]:
+    """The one or two columns of `rows` that hold text: those asked for, a usual name, or the only candidate.
+
+    Raises:
+        UsageError: there is no such column, it holds something else, or there are several candidates.
+    """
+    strings = [name for name, feature in rows.features.items() if feature in (Value("string"), Value("large_string"))]
+    columns = data.text_column_names or GLUE_COLUMNS.get(data.task_name) or _guess(strings, data)
+    if columns is None:
+        found = f"has several text columns ({', '.join(strings)})" if strings else "has no text column"
+        raise UsageError(f"{source_of(data, split)} {found}: name the one or two to use with --text_column_names")
+    for column in columns:
+        if column not in strings:
+            raise UsageError(f"{source_of(data, split)} has no text column {column!r}: it has {_described(rows)}")
+        _refuse_empty(rows, column, source_of(data, split))
+    return columns
+
+
+def number_labels(raw: DatasetDict, data: DataArguments) -> tuple[DatasetDict, list[str] | None]:
+    """Make the label column ``label``, a class number (or the score itself, for a regression).
+
+    Returns:
+        The splits, and the classes of the training split in order, or None for a regression (labels that are real
+        numbers). A test split whose labels are withheld (all -1) loses the column.
+
+    Raises:
+        UsageError: a split lacks the label column or has an empty label, or has one that training does not have.
+    """
+    column, reference = data.label_column_name, "train" if "train" in raw else next(iter(raw))
+    for split, rows in raw.items():
+        if column in rows.column_names:
+            _refuse_empty(rows, column, source_of(data, split))
+        elif split != "test" or split == reference:
+            described = f"{source_of(data, split)} has no label column {column!r}: it has {_described(rows)}"
+            raise UsageError(f"{described}; name the label with --label_column_name")
+    feature = raw[reference].features[column]
+    is_score = not isinstance(feature, ClassLabel) and feature.dtype.startswith("float")
+    names = None if is_score else _class_names(raw, data, reference)
+    return DatasetDict({split: _numbered(rows, column, names) for split, rows in raw.items()}), names
+
+
+def _class_names(raw: DatasetDict, data: DataArguments, reference: str) -> list[str]:
+    column = data.label_column_name
+    if isinstance(raw[reference].features[column], ClassLabel):
+        return raw[reference].features[column].names
+    names = [str(value) for value in sorted(raw[reference].unique(column))]
+    for split, rows in raw.items():
+        found = {str(value) for value in rows.unique(column)} if column in rows.column_names else set()
+        if strange := sorted(found - set(names)):
+            raise UsageError(
+                f"{source_of(data, split)} has the label {strange[0]!r}, which {source_of(data, reference)} never has "
+                f"(it has {', '.join(names)}): drop those rows, or train on some"
+            )
+    return names
+
+
+def _numbered(rows: Dataset, column: str, names: list[str] | None) -> Dataset:
+    if column not in rows.column_names:
+        return rows
+    values = rows[column][:]
+    if set(values) == {-1} and isinstance(rows.features[column], ClassLabel):
+        return rows.remove_columns(column)
+    if names is not None and not isinstance(rows.features[column], ClassLabel):
+        values = [names.index(str(value)) for value in values]
+    others = rows.remove_columns({column, "label"} & set(rows.column_names))
+    return others.add_column("label", values)
+
+
+def _splits(data: DataArguments) -> dict[str, Dataset]:
+    if data.train_file or data.validation_file or data.test_file:
+        files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
+        return {split: _read(Path(file)) for split, file in files.items() if file}
+    if data.dataset_name is None and data.task_name is None:
+        return OFFLINE[data.offline_dataset]()
+    name, config = data.dataset_name, data.dataset_config_name
+    if data.task_name:
+        name, config = "nyu-mll/glue", data.task_name
+    try:
+        if (Path(name) / "dataset_dict.json").is_file():
+            return load_from_disk(name)
+        return load_dataset(name, config)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"the data set {name} is neither a local folder nor to be had from the Hub ({reason})"
+        ) from error
+
+
+def _read(path: Path) -> Dataset:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    if path.suffix not in READERS:
+        raise UsageError(f"{path} is of no known kind: give a file that ends in {', '.join(READERS)}")
+    if not path.stat().st_size:
+        raise UsageError(f"{path} is empty: it has no examples")
+    reader, options = READERS[path.suffix]
+    try:
+        return load_dataset(reader, data_files=str(path), split="train", **options)
+    except Exception as error:  # each reader has exceptions of its own, and all mean the same
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UsageError(f"{path} could not be read as {reader} ({reason})") from error
+
+
+def _guess(strings: list[str], data: DataArguments) -> list[str] | None:
+    for columns in USUAL_COLUMNS:
+        if set(columns) <= set(strings):
+            return columns
+    candidates = [name for name in strings if name != data.label_column_name]
+    return candidates if len(candidates) == 1 else None
+
+
+def _refuse_empty(rows: Dataset, column: str, source: str) -> None:
+    for number, value in enumerate(rows[column][:]):
+        if value is None or value == "":
+            raise UsageError(
+                f"{source} has nothing in column {column!r} of example {number + 1}: fill it or drop the row"
+            )
+
+
+def _described(rows: Dataset) -> str:
+    return ", ".join(f"{name} ({getattr(feature, 'dtype', 'nested')})" for name, feature in rows.features.items())
