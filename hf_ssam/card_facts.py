@@ -148,11 +148,12 @@ def _perturbed_steps(start: float, interval: int) -> str:
 
 def changed_arguments(args: Any) -> dict[str, str]:
     """The arguments that differ from their defaults, as Python literals: no tokens, no paths of the machine."""
-    changed = {}
+    changed = {"optim": repr(args.optim)}
     for field in fields(args):
         value = getattr(args, field.name)
         value = value.value if isinstance(value, Enum) else value
-        if isinstance(value, str | int | float) and value != field.default and not field.name.endswith("_token"):
+        is_default = value == field.default or not (value or field.default)
+        if isinstance(value, str | int | float) and not is_default and not field.name.endswith("_token"):
             changed[field.name] = repr(public(value) if isinstance(value, str) else value)
     return changed
 

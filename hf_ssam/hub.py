@@ -81,7 +81,7 @@ class HubMixin:
             job = super().push_to_hub(commit_message, blocking=False, **pushed, **kwargs)
         except HubError as error:
             self.save_model(_internal_call=True)
-            self.create_model_card(**kwargs)
+            self.create_model_card(**{"model_name": self._card_title(), **kwargs})
             raise HubError(f"{error} {self._later(revision, private)}") from error
         if job is None:
             return None
@@ -98,7 +98,7 @@ class HubMixin:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         before = set(self.push_in_progress.jobs) if self.push_in_progress is not None else set()
-        self.create_model_card(model_name=self._hub_name().split("/")[-1])
+        self.create_model_card(model_name=self._card_title())
         super()._push_from_checkpoint(checkpoint_folder)
         for job in set(self.push_in_progress.jobs) - before:
             job.add_done_callback(self._report_push)
@@ -112,6 +112,9 @@ class HubMixin:
     def _hub_name(self) -> str:
         """The repository's name as far as it is known: the user's part is the Hub's to add."""
         return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+
+    def _card_title(self) -> str:
+        return self._hub_name().split("/")[-1]
 
     def _later(self, revision: str | None = None, private: bool | None = None) -> str:
         command = later_command(

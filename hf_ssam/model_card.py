@@ -21,7 +21,13 @@ from typing import Any
 import jinja2
 from accelerate.utils import is_peft_model
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedModel, Trainer
+from transformers import (
+    BaseImageProcessor,
+    FeatureExtractionMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
 from transformers.modelcard import TASK_MAPPING, extract_hyperparameters_from_trainer
 
 from . import papers
@@ -41,6 +47,11 @@ from .hub import HubMixin
 from .papers import Paper
 
 TEMPLATES = Path(__file__).parent / "templates"
+PROCESSORS = {
+    PreTrainedTokenizerBase: "AutoTokenizer",
+    BaseImageProcessor: "AutoImageProcessor",
+    FeatureExtractionMixin: "AutoFeatureExtractor",
+}
 PACKAGES = ("hf-ssam", "transformers", "torch", "accelerate", "datasets", "tokenizers")
 
 
@@ -190,7 +201,8 @@ def task_of(model: Any) -> str | None:
 
 def loader(model: Any, processing_class: Any) -> dict[str, Any] | None:
     """Names of the class that loads the weights and of the processor's; None for a model class of the user's own."""
-    processor = None if processing_class is None else type(processing_class).__name__
+    kinds = [auto for kind, auto in PROCESSORS.items() if isinstance(processing_class, kind)]
+    processor = None if processing_class is None else [*kinds, "AutoProcessor"][0]
     if is_peft_model(model):
         return {"package": "peft", "model": f"Auto{type(model).__name__}", "processor": processor}
     if not isinstance(model, PreTrainedModel) or not type(model).__module__.startswith("transformers."):

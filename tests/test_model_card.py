@@ -48,6 +48,8 @@ def trained(tmp_path_factory):
     before = run.evaluate()
     run.train()
     run.log({"sharpness/top_eigenvalue": 2.5})
+    run.log({"sharpness/trace": 30.0})
+    run.state.log_history[0]["sharpness/trace"] = 90.0
     after = run.evaluate()
     (folder / "figures").mkdir()
     (folder / "figures" / "loss_curve.png").write_bytes(b"\x89PNG")
@@ -82,8 +84,10 @@ def test_the_text_tells_method_cost_and_results(trained):
     assert "| Gradient computations over a batch | 6 |" in text and "| Optimizer steps | 4 |" in text
     assert f"| loss | {before['eval_loss']:.4g} | {after['eval_loss']:.4g} |" in text
     assert "| top eigenvalue | 2.5 (step 4) | 2.5 (step 4) |" in text
+    assert "| trace | 90 (step 1) | 30 (step 4) |" in text
     assert "![loss curve](figures/loss_curve.png)" in text
     assert "model = BertForSequenceClassification.from_pretrained(name)" in text
+    assert "from transformers import AutoTokenizer, BertForSequenceClassification" in text
     assert "Preparation Time" not in text and "Use ssam" not in text and "None" not in text
 
 
@@ -244,7 +248,12 @@ def test_a_run_without_a_command_shows_its_arguments(monkeypatch, trained):
     monkeypatch.setattr(sys, "argv", [""])
     monkeypatch.setattr(run.args, "hub_token", "hf_" + "s" * 34)
     text = card_of(run).text
-    assert "rho=0.07," in text and "optim_args='normalize=false'," in text and "base_optim='sgd'," in text
+    assert (
+        "optim='ssam'," in text
+        and "rho=0.07," in text
+        and "optim_args='normalize=false'," in text
+        and "base_optim='sgd'," in text
+    )
     assert "hub_token" not in text and "ssss" not in text
     code = text.split("```python\n")[-1].split("```")[0]
     compile(code, "card", "exec")
