@@ -12,6 +12,7 @@ from transformers.utils import ExplicitEnum
 
 from .methods import METHODS, Method, checked_rho, get_method
 from .options import parse_optim_args
+from .ranks import SCOPES
 from .schedules import RHO_SCHEDULES
 
 # HfArgumentParser narrows `OptimizerNames | str` to the enum and takes its values as choices, so the field needs an
@@ -81,7 +82,7 @@ class SSAMArgumentsMixin:
     rho_scheduler_type: Literal[RHO_SCHEDULES] = field(  # type: ignore[valid-type]
         default="constant", metadata={"help": "How rho changes over the run; `lr` follows the learning rate."}
     )
-    ascent_scope: Literal["global", "rank", "micro_batch"] = field(
+    ascent_scope: Literal[SCOPES] = field(  # type: ignore[valid-type]
         default="global", metadata={"help": "Whose gradient the perturbation follows; `micro_batch` is mSAM."}
     )
     ascent_start: float = field(
@@ -160,6 +161,9 @@ class SSAMArgumentsMixin:
                 f"base_optim: `{base}` steps inside backward, before the second pass exists; choose another, such as "
                 "adamw_torch or sgd."
             )
+        for name, choices in (("ascent_scope", SCOPES), ("rho_scheduler_type", RHO_SCHEDULES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: `{getattr(self, name)}` does not exist; choose one of {', '.join(choices)}.")
         if not self.ascent_start >= 0:
             raise ValueError(f"ascent_start: {self.ascent_start} is not allowed; choose a ratio below 1, or a step.")
         for name in ("ascent_interval", "sharpness_steps"):
