@@ -1,9 +1,10 @@
 """Sharpness-aware minimisation, and above all Stable SAM (SSAM), for the Hugging Face Trainer."""
 
 from .methods import METHODS, Method, get_method
+from .report import StepReport
 from .trainer import SSAMSeq2SeqTrainer, SSAMTrainer, SSAMTrainerMixin
 from .training_args import SSAMArgumentsMixin, SSAMSeq2SeqTrainingArguments, SSAMTrainingArguments
-from .two_pass import StepReport, TwoPass
+from .two_pass import TwoPass
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .two_pass import StepReport
+from .report import StepReport
 
 FIELDS = ("loss", "ascent_loss", "grad_norm", "ascent_grad_norm", "perturbation_norm", "scale", "passes")
 PREFIX = "ssam/"
@@ -55,7 +55,9 @@ class StepLog:
             return {}
         names = list(self._sums)
         means = [self._sums[n] / self._counts[n] for n in names]
-        values = mean_over_ranks(torch.stack([*means, torch.as_tensor(self._skipped, device=means[0].device)])).tolist()
+        values = mean_over_ranks(
+            torch.stack([*means, torch.as_tensor(self._skipped, device=means[0].device)])
+        ).tolist()
         entry = {PREFIX + n: v for n, v in zip(names, values, strict=False)}
         entry[PREFIX + "perturbed_steps"] = self._perturbed
         entry[PREFIX + "skipped_steps"] = round(values[-1])

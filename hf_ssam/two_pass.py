@@ -25,37 +25,11 @@ from .parameters import perturbed_names, trainable, unwrapped
 from .precision import is_low_precision, survival, warn_if_lost
 from .ranks import Ranks
 from .replay import RandomState, Replay
+from .report import StepReport, all_finite, merged
 from .rules import At, Memory
 from .tensors import Snapshot, Space, Vector, local, move, scaled
 
 RunPass = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one optimizer step did. Tensors have shape () and stay on the device; a pass that did not run leaves None.
-
-    Attributes:
-        loss: sum of what the first passes returned.
-        ascent_loss: sum of what the second passes returned, at `w + e`.
-        grad_norm: `‖g‖`, loss scale undone.
-        ascent_grad_norm: `‖ĝ‖`, loss scale undone.
-        perturbation_norm: `‖e‖ = ρ ‖u‖`.
-        scale: γ, the factor applied to `ĝ`; 1 where the method does not renormalise.
-        passes: forward-backward passes over the batch.
-        skipped: bool; whether a loss or a norm was not finite, so that this gradient must not be applied.
-
-    Under `micro_batch` losses are summed and the other fields averaged over the micro-batches.
-    """
-
-    loss: Tensor
-    grad_norm: Tensor
-    skipped: Tensor
-    ascent_loss: Tensor | None = None
-    ascent_grad_norm: Tensor | None = None
-    perturbation_norm: Tensor | None = None
-    scale: Tensor | float = 1.0
-    passes: float = 1.0
 
 
 @dataclass
@@ -191,7 +165,7 @@ class TwoPass:
             self.ranks.average()
         self._window = None
         self.steps += any(r.perturbation_norm is not None for r in reports)
-        return _merged(reports)
+        return merged(reports)
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart: tensors by slot and parameter name, sharded as the parameters are."""
@@ -239,7 +213,7 @@ class TwoPass:
         grad_norm = self.space.norm(g)
         targets = {n: g[n] for n in self.perturbed if n in g} if self.rho > 0 else {}
         if not targets:
-            return StepReport(window.loss, grad_norm, ~self.ranks.agreed(_all_finite(window.loss, grad_norm)))
+            return StepReport(window.loss, grad_norm, ~self.ranks.agreed(all_finite(window.loss, grad_norm)))
         targets = g if len(targets) == len(g) else targets
         at = At(self.space, self.space.weights(targets), g, grad_norm, self.rho, self.steps, self._memory)
         u = self._rules.ascent(targets, at)
@@ -249,7 +223,7 @@ class TwoPass:
         ascent_loss = self._second(window, u)
         ascent_grads = self._grads(unit)
         ascent_grad_norm = at.norm(ascent_grads)
-        finite = self.ranks.agreed(_all_finite(window.loss, ascent_loss, grad_norm, ascent_grad_norm))
+        finite = self.ranks.agreed(all_finite(window.loss, ascent_loss, grad_norm, ascent_grad_norm))
         self._hand_on(ascent_grads, self._rules.descent(ascent_grads, at), unit, window, finite)
         self._memory.commit(finite)
         return StepReport(
@@ -323,31 +297,3 @@ class TwoPass:
             self._memory.drop()
             self.space.clear_grads()
             raise
-
-
-def _all_finite(*values: Tensor) -> Tensor:
-    """Whether every one of some tensors of shape () is finite, decided on the first one's device."""
-    return torch.isfinite(torch.stack([v.detach().to(values[0].device, torch.float64) for v in values])).all()
-
-
-def _merged(reports: list[StepReport]) -> StepReport:
-    """One report of several windows: losses add up, the rest is averaged, one skip skips all."""
-    if len(reports) == 1:
-        return reports[0]
-
-    def values(name: str) -> list:
-        return [v for r in reports if (v := getattr(r, name)) is not None]
-
-    def mean(name: str) -> Any:
-        return sum(values(name)) / len(values(name)) if values(name) else None
-
-    return StepReport(
-        loss=sum(values("loss")),
-        grad_norm=mean("grad_norm"),
-        skipped=torch.stack(values("skipped")).any(),
-        ascent_loss=sum(values("ascent_loss")) if values("ascent_loss") else None,
-        ascent_grad_norm=mean("ascent_grad_norm"),
-        perturbation_norm=mean("perturbation_norm"),
-        scale=mean("scale"),
-        passes=mean("passes"),
-    )
