@@ -27,8 +27,13 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters with `requires_grad`, by stable name; tied weights appear once.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or one gets sparse gradients.
     """
+    for name, module in unwrapped(model).named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            raise ValueError(
+                f"model: `{name}` has sparse gradients, which have no norm to perturb by; build it with sparse=False."
+            )
     named = {stable_name(n): p for n, p in unwrapped(model).named_parameters() if p.requires_grad}
     if not named:
         raise ValueError(

@@ -53,7 +53,7 @@ def refuse_launch(trainer: Any) -> None:
     """Refuse kinds of distribution under which a second pass is not the same function, or has no gradient to give.
 
     Raises:
-        NotImplementedError: for DeepSpeed, SageMaker model parallelism and `nn.DataParallel`.
+        NotImplementedError: for DeepSpeed, FSDP version 1, SageMaker model parallelism and `nn.DataParallel`.
     """
     args = trainer.args
     if args.n_gpu > 1 and not trainer.is_model_parallel:
@@ -65,6 +65,11 @@ def refuse_launch(trainer: Any) -> None:
         raise NotImplementedError(
             f"optim={args.optim} does not support DeepSpeed, which steps inside backward; use FSDP2 instead: "
             "`accelerate launch --config_file configs/accelerate/fsdp2.yaml …`."
+        )
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
+        raise NotImplementedError(
+            f"optim={args.optim} does not support FSDP version 1, whose flat parameters have no names of their own; set "
+            "fsdp_version: 2, as configs/accelerate/fsdp2.yaml does."
         )
     if is_sagemaker_mp_enabled():
         raise NotImplementedError(

@@ -358,3 +358,8 @@ def test_a_chain_of_no_rules_hands_on_the_same_object():
     at = At(None, {}, {}, torch.zeros(()), 0.1)
     v = {"a": torch.ones(1)}
     assert chain()(v, at) is v
+
+
+def test_sparse_gradients_are_refused():
+    with pytest.raises(ValueError, match="`0` has sparse gradients .* sparse=False"):
+        TwoPass(nn.Sequential(nn.Embedding(4, 2, sparse=True)))

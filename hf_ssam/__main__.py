@@ -1,0 +1,22 @@
+"""`python -m hf_ssam` prints the method table as Markdown, the one that the README shows."""
+
+from __future__ import annotations
+
+from .methods import METHODS, Method
+
+
+def row(method: Method) -> str:
+    """One line of the table."""
+    options = ", ".join(f"`{name}={option.default}`" for name, option in method.options.items())
+    paper = f"[{method.paper.title}]({method.paper.url}), {method.paper.year}"
+    return f"| `{method.name}` | {method.summary} | {method.rho:g} | {method.passes} | {options} | {paper} |"
+
+
+def table() -> str:
+    """Every method: name, what it computes, default ρ, passes a step, options with their defaults, paper."""
+    head = "| `--optim` | what it computes | `rho` | passes | `--optim_args` | paper |\n|---|---|---|---|---|---|"
+    return "\n".join([head, *map(row, METHODS.values())])
+
+
+if __name__ == "__main__":
+    print(table())
