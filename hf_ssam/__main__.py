@@ -9,7 +9,8 @@ def row(method: Method) -> str:
     """One line of the table."""
     options = ", ".join(f"`{name}={option.default}`" for name, option in method.options.items())
     paper = f"[{method.paper.title}]({method.paper.url}), {method.paper.year}"
-    return f"| `{method.name}` | {method.summary} | {method.rho:g} | {method.passes} | {options} | {paper} |"
+    summary = method.summary.replace("|", "\\|")
+    return f"| `{method.name}` | {summary} | {method.rho:g} | {method.passes} | {options} | {paper} |"
 
 
 def table() -> str:

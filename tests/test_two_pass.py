@@ -361,5 +361,5 @@ def test_a_chain_of_no_rules_hands_on_the_same_object():
 
 
 def test_sparse_gradients_are_refused():
-    with pytest.raises(ValueError, match="`0` has sparse gradients .* sparse=False"):
+    with pytest.raises(ValueError, match="`0` has sparse gradients.* sparse=False"):
         TwoPass(nn.Sequential(nn.Embedding(4, 2, sparse=True)))
