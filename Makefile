@@ -20,7 +20,7 @@ help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile; echo "make demo | test | lint | clean"
 
 demo: $(VENV)/.core
-	TOKENIZERS_PARALLELISM=false $(BIN)/python examples/demo.py $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false $(BIN)/python examples/demo.py $(ARGS)
 
 test: $(VENV)/.test
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)

@@ -51,11 +51,11 @@ class ModelArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the weights."})
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
     """Train, evaluate and predict as the command line `argv` says.
 
     Returns:
-        All metrics, under the names they have in ``all_results.json``.
+        All metrics, under the names they have in ``all_results.json``, and the ``output_dir``.
     """
     parser = ExampleParser((ModelArguments, DataArguments, SSAMTrainingArguments), description=__doc__)
     model_args, data_args, args = parser.parse(argv)
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if trainer.is_world_process_zero():
         _report(results, splits, trainer)
     _share(trainer, model_args, data_args)
-    return results
+    return {**results, "output_dir": args.output_dir}
 
 
 def _choose_work(args: SSAMTrainingArguments) -> None:
@@ -198,8 +198,13 @@ def _report(results: dict[str, float], splits: dict[str, str], trainer: SSAMTrai
     folder = Path(trainer.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "all_results.json").write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
-    scores = [f"{name} {value:.4f}" for name, value in results.items() if name.startswith(("eval_", "predict_"))]
+    scores = [f"{name} {value:.4f}" for name, value in results.items() if _is_score(name)]
     print(f"results after {trainer.state.global_step} steps: {', '.join(scores)}; in {folder}", flush=True)
+
+
+def _is_score(name: str) -> bool:
+    is_cost = name.endswith(("_time", "_runtime", "_per_second"))
+    return name.startswith(("eval_", "predict_")) and not is_cost
 
 
 def _share(trainer: SSAMTrainer, model: ModelArguments, data: DataArguments) -> None:
