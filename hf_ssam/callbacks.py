@@ -1,8 +1,8 @@
 """What the steps did, in the Trainer's own log entries.
 
 A `StepLog` adds up step reports on the device and is read back once per log entry, which the Trainer waits for anyway.
-What it gives is merged into the entry that carries the training loss, so the progress bar, `trainer_state.json` and every
-`report_to` show it without a line of ours.
+What it gives is merged into the entry that carries the training loss, so the progress bar, `trainer_state.json` and
+every `report_to` show it without a line of ours.
 """
 
 from __future__ import annotations

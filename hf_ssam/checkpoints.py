@@ -1,11 +1,12 @@
 """Our own part of a checkpoint, beside the Trainer's files, and what tells a whole checkpoint from half of one.
 
     ssam_state.json     method, options, ρ, counters
-    ssam_state/         the method's vectors, if it keeps any, by slot and parameter name: a torch.distributed.checkpoint,
+    ssam_state/         the method's vectors, if it keeps any, by slot and parameter name: a
+    torch.distributed.checkpoint,
                         so that a state saved by N ranks is read by M
 
-The Trainer writes `trainer_state.json` last; both of ours are on disk before it, so a checkpoint with a readable one is
-whole.
+The Trainer writes `trainer_state.json` last; both of ours are on disk before it, so a checkpoint with a readable one
+is whole.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class Settings:
         return [f"{n} was {saved[n]}, now {own[n]}" for n in own if saved.get(n) != own[n]]
 
 
-def save_state(folder: str | Path, settings: Settings, state: Mapping[str, Any], writes: bool, total_passes: float) -> None:
+def save_state(
+    folder: str | Path, settings: Settings, state: Mapping[str, Any], writes: bool, total_passes: float
+) -> None:
     """Write the engine's state into checkpoint `folder`; every rank calls it.
 
     Args:

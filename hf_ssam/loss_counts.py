@@ -1,7 +1,8 @@
 """Losses that are shares of a window: which ones only look like it, and how large each share is.
 
-A Trainer that accumulates passes `num_items_in_batch` to the model and takes the loss it gets back for a share of the whole
-window. Some models take the number and ignore it (transformers 5.23: every classifier with its own cross-entropy).
+A Trainer that accumulates passes `num_items_in_batch` to the model and takes the loss it gets back for a share of the
+whole window. Some models take the number and ignore it (transformers 5.23: every classifier with its own
+cross-entropy).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .replay import unchanged
 
 
 class LossCountMixin:
-    """Finds out at the first batch whether the loss heeds `num_items_in_batch`, with any `optim`, and mends what does not."""
+    """Finds out at the first batch whether the loss heeds `num_items_in_batch`; with any `optim`, and mends it."""
 
     _loss_count_known = False
 
@@ -44,8 +45,9 @@ class LossCountMixin:
     def _loss_ignores_count(self, inputs: dict[str, Any]) -> bool:
         """Whether the model takes `num_items_in_batch` and does nothing with it.
 
-        Its loss is then a mean that the parent believes to be a share, and gradient and log are `accumulation × processes`
-        times too large. Two forwards that nobody sees tell: a loss that heeds the count halves when it doubles.
+        Its loss is then a mean that the parent believes to be a share, and gradient and log are `accumulation ×
+        processes` times too large. Two forwards that nobody sees tell: a loss that heeds the count halves when it
+        doubles.
         """
         alone = self.args.gradient_accumulation_steps == 1 and self.accelerator.num_processes == 1
         if alone or not self.model_accepts_loss_kwargs or self.compute_loss_func is not None:
@@ -55,8 +57,8 @@ class LossCountMixin:
         if not (torch.equal(one, two) and one != 0):
             return False
         warnings.warn(
-            f"{type(model).__name__} takes num_items_in_batch but its loss ignores it, so a stock Trainer would make the "
-            "gradient accumulation × processes times too large; model_accepts_loss_kwargs is set to False, which mends it.",
+            f"{type(model).__name__} takes num_items_in_batch but its loss ignores it, so a stock Trainer would make "
+            "the gradient accumulation × processes times too large; model_accepts_loss_kwargs=False is set, which mends it.",
             UserWarning,
             stacklevel=2,
         )

@@ -1,7 +1,7 @@
 """A micro-batch as the parent Trainer runs it, made to run again without being counted again.
 
-What surrounds a pass belongs to the Trainer that hosts it: whether gradients are synchronised after it, and what it counts in.
-Both are put in the state that the first pass had.
+What surrounds a pass belongs to the Trainer that hosts it: whether gradients are synchronised after it, and what it
+counts in. Both are put in the state that the first pass had.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class HostMixin:
 
     @contextlib.contextmanager
     def synchronized(self, model: nn.Module, last: bool) -> Iterator[None]:
-        """The state of synchronisation in which the parent runs a micro-batch of a window, also when it is replayed."""
+        """The state of synchronisation in which the parent runs a micro-batch, also when it is replayed."""
         state = self.accelerator.gradient_state
         before = state.sync_gradients
         state._set_sync_gradients(last)

@@ -70,7 +70,8 @@ def perturbed_names(model: nn.Module, perturb: str, names: Collection[str]) -> t
 def _norm_names(model: nn.Module) -> set[str]:
     modules = unwrapped(model).named_modules(remove_duplicate=False)
     layers = ((prefix, m) for prefix, m in modules if "norm" in type(m).__name__.lower())
-    return {stable_name(f"{prefix}.{n}".lstrip(".")) for prefix, m in layers for n, _ in m.named_parameters(recurse=False)}
+    names = (f"{prefix}.{n}".lstrip(".") for prefix, m in layers for n, _ in m.named_parameters(recurse=False))
+    return {stable_name(name) for name in names}
 
 
 def _matching(names: Collection[str], pattern: str) -> set[str]:

@@ -4,9 +4,9 @@
     rank         each rank's own batch (m-sharpness, Foret et al. 2021, section 4.1; what most DDP code does unawares)
     micro_batch  each micro-batch of each rank (mSAM, Behdin et al. 2023, arXiv 2302.09693)
 
-Under the last two a gradient of the first pass must never meet another rank's, and every factor belongs to the batch whose
-ratio it is. So both passes stay unsynchronised and the finished `d` is averaged once: what ranks apply is the same
-tensor, and they cannot drift.
+Under the last two a gradient of the first pass must never meet another rank's, and every factor belongs to the batch
+whose ratio it is. So both passes stay unsynchronised and the finished `d` is averaged once: what ranks apply is the
+same tensor, and they cannot drift.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ class Ranks:
     def world_size(self) -> int:
         """Number of ranks that hold a replica."""
         return 1 if self._ddp is None else dist.get_world_size(self._ddp.process_group)
+
+    @property
+    def overwrites_gradients(self) -> bool:
+        """Whether the gradients of a second pass land in the storage of the first: DDP's buckets, where `.grad` views them."""
+        return self._ddp is not None and self._ddp.gradient_as_bucket_view
 
     def context(self) -> contextlib.AbstractContextManager:
         """What a pass runs in: under `rank` and `micro_batch` no gradient leaves the rank, forward included."""

@@ -12,11 +12,9 @@ from torch import nn
 from transformers.trainer_utils import has_length
 from transformers.utils import is_sagemaker_mp_enabled
 
-HOSTS = {
-    "GRPOTrainer": "its training_step picks the next buffered batch, so the second pass would see other samples",
-    "RLOOTrainer": "its training_step picks the next buffered batch, so the second pass would see other samples",
-    "DistillationTrainer": "its training_step counts steps to pick the next buffered batch, so the second pass would see other samples",
-}
+_OTHER_SAMPLES = "its training_step picks the next buffered batch, so the second pass would see other samples"
+
+HOSTS = {"GRPOTrainer": _OTHER_SAMPLES, "RLOOTrainer": _OTHER_SAMPLES, "DistillationTrainer": _OTHER_SAMPLES}
 """Trainers whose `training_step` cannot be called twice for one batch, and why."""
 
 
@@ -44,8 +42,8 @@ def refuse_optimizer(optimizer: Any) -> None:
     two_steps = {"first_step", "second_step"} & {attribute for base in bases for attribute in vars(base)}
     if two_steps or any(re.search(r"SAM(?![a-z])", base.__name__) for base in bases):
         raise ValueError(
-            f"optimizers: {type(optimizer).__name__} wraps an optimizer to take two steps of its own, which the Trainer "
-            "cannot drive; pass the plain optimizer, or none, and choose the method with optim='ssam' and rho=…."
+            f"optimizers: {type(optimizer).__name__} wraps an optimizer to take two steps of its own, which the "
+            "Trainer cannot drive; pass the plain optimizer, or none, and choose the method with optim='ssam' and rho=…."
         )
 
 
@@ -58,8 +56,9 @@ def refuse_launch(trainer: Any) -> None:
     args = trainer.args
     if args.n_gpu > 1 and not trainer.is_model_parallel:
         raise NotImplementedError(
-            f"optim={args.optim} does not support nn.DataParallel ({args.n_gpu} GPUs in one process); start one process "
-            f"a GPU: `accelerate launch --multi_gpu --num_processes {args.n_gpu} script.py …`, or set CUDA_VISIBLE_DEVICES=0."
+            f"optim={args.optim} does not support nn.DataParallel ({args.n_gpu} GPUs in one process); start one "
+            f"process a GPU: `accelerate launch --multi_gpu --num_processes {args.n_gpu} script.py …`, or set "
+            "CUDA_VISIBLE_DEVICES=0."
         )
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise NotImplementedError(
@@ -68,8 +67,8 @@ def refuse_launch(trainer: Any) -> None:
         )
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
         raise NotImplementedError(
-            f"optim={args.optim} does not support FSDP version 1, whose flat parameters have no names of their own; set "
-            "fsdp_version: 2, as configs/accelerate/fsdp2.yaml does."
+            f"optim={args.optim} does not support FSDP version 1, whose flat parameters have no names of their own; "
+            "set fsdp_version: 2, as configs/accelerate/fsdp2.yaml does."
         )
     if is_sagemaker_mp_enabled():
         raise NotImplementedError(

@@ -1,9 +1,9 @@
 """The second pass must see the same function as the first: the same random draws, the same buffers (law 6).
 
 Dropout, stochastic depth, NEFTune and masking draw from the global generators; BatchNorm and its kin write running
-statistics, spectral norm its vectors. Before the second pass all of them are put back to what the first pass found, and
-afterwards to what the first pass left, so that in the end every generator and every buffer has moved once a step, as it
-does with a plain optimizer.
+statistics, spectral norm its vectors. Before the second pass all of them are put back to what the first pass found,
+and afterwards to what the first pass left, so that in the end every generator and every buffer has moved once a step,
+as it does with a plain optimizer.
 """
 
 from __future__ import annotations
@@ -106,4 +106,3 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     replay = Replay(model)
     with replay.rewound(replay.saw_buffers()):
         yield
-

@@ -1,4 +1,4 @@
-"""The radius over time, and when to perturb at all. Functions of the step alone, so that a resumed run continues them."""
+"""The radius over time, and when to perturb. Functions of the step alone, so that a resumed run continues them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def rho_factor(name: str, max_steps: int) -> Callable[[int, float], float]:
     """What ρ is multiplied by: `(step, learning rate as a share of its peak) -> factor`.
 
     Args:
-        name: a decay of `transformers.get_scheduler` (`constant`, `linear`, `cosine`, `polynomial`), or `lr`, which ties ρ to
-            the learning rate, as GSAM does (Zhuang et al. 2022, arXiv 2203.08065, section 4).
+        name: a decay of `transformers.get_scheduler` (`constant`, `linear`, `cosine`, `polynomial`), or `lr`, which
+            ties ρ to the learning rate, as GSAM does (Zhuang et al. 2022, arXiv 2203.08065, section 4).
         max_steps: optimizer steps of the run.
 
     Raises:

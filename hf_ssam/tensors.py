@@ -37,8 +37,8 @@ def sharding_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
 def accumulation_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     """What squares are summed in: float64 on the CPU, elsewhere float32, or float64 where a tensor has it.
 
-    Half precision overflows; and torch sums float32 on the CPU one after the other, which loses 4e-4 of a norm over 1e7
-    numbers, where a GPU's tree of sums does not.
+    Half precision overflows; and torch sums float32 on the CPU one after the other, which loses 4e-4 of a norm over
+    1e7 numbers, where a GPU's tree of sums does not.
     """
     wide = any(t.dtype == torch.float64 or t.device.type == "cpu" for t in tensors)
     return torch.float64 if wide else torch.float32
@@ -119,7 +119,7 @@ class Space:
             p.grad = None
 
     def write_grads(self, d: Vector) -> None:
-        """Make `d` the gradient: in place where one exists (DDP may alias it to a bucket), otherwise as a new tensor."""
+        """Make `d` the gradient: in place where one exists (DDP may alias it to a bucket), else as a new tensor."""
         present = self.grads()
         kept = [n for n in d if n in present and d[n] is not present[n]]
         if kept:
@@ -153,7 +153,7 @@ class Space:
         return norms if not self._sharded(v) else self._summed(v, norms.square()).sqrt()
 
     def norm(self, v: Vector) -> Tensor:
-        """Global Euclidean norm of `v`: shape (), the same bits on every rank that holds the same `v` or its shards."""
+        """Global Euclidean norm of `v`: shape (), the same bits on every rank that holds `v` or a shard of it."""
         return torch.linalg.vector_norm(self.norms(v))
 
     def dots(self, u: Vector, v: Vector) -> Tensor:

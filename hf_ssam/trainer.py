@@ -1,8 +1,8 @@
 """The Trainer: micro-batches in, `super().training_step` for every pass, the engine's state in the checkpoint.
 
-Whatever the parent does in a step (autocast, loss scaling, label smoothing, context parallelism, backward) is done by the
-parent, once a pass. What is ours is when a window begins and ends, what the passes must not count twice, and what a
-checkpoint and a log entry hold in addition.
+Whatever the parent does in a step (autocast, loss scaling, label smoothing, context parallelism, backward) is done by
+the parent, once a pass. What is ours is when a window begins and ends, what the passes must not count twice, and what
+a checkpoint and a log entry hold in addition.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .two_pass import TwoPass
 class SSAMTrainerMixin(HostMixin, LossCountMixin, ResumeMixin, ModelCardMixin):
     """Sharpness-aware training for any Trainer: `class MyTrainer(SSAMTrainerMixin, SFTTrainer): ...`.
 
-    The constructor is the parent's. With `optim` a name in `hf_ssam.METHODS` every optimizer step uses the gradient that
-    method computes; with a stock name the parent trains as it always did.
+    The constructor is the parent's. With `optim` a name in `hf_ssam.METHODS` every optimizer step uses the gradient
+    that method computes; with a stock name the parent trains as it always did.
 
     Attributes:
         two_pass: the engine, built anew whenever training starts; None with a stock optimizer.
@@ -64,7 +64,7 @@ class SSAMTrainerMixin(HostMixin, LossCountMixin, ResumeMixin, ModelCardMixin):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One micro-batch; after the last of a window `.grad` is the descent gradient and the weights are untouched."""
+        """One micro-batch; after the last of a window `.grad` is the descent gradient, the weights untouched."""
         if self.two_pass is None:
             return super().training_step(model, inputs, num_items_in_batch)
         last = self.accelerator.sync_gradients

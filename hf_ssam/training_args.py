@@ -46,7 +46,8 @@ class SSAMArgumentsMixin:
     Args:
         optim (`str`, defaults to `"ssam"`): a name in `hf_ssam.METHODS`, or any stock optimizer name, which trains as
             the parent would.
-        optim_args (`str`, *optional*): the method's own options (`"k=5,alpha=0.1"`); with a stock name, the stock field.
+        optim_args (`str`, *optional*): the method's own options (`"k=5,alpha=0.1"`); with a stock name, the stock
+            field.
         base_optim (`str`): the stock optimizer that uses the gradient; the parent's default `optim`.
         base_optim_args (`str`, *optional*): what the stock `optim_args` is to the base optimizer.
         rho (`float`, *optional*): radius ρ ≥ 0 of the perturbation, in the units of the method's ascent; `None` is the
@@ -101,7 +102,7 @@ class SSAMArgumentsMixin:
     )
 
     def __init_subclass__(cls, **kwargs: Any):
-        """Make a subclass a dataclass by itself, so that `class MyConfig(SSAMArgumentsMixin, SFTConfig): ...` is enough."""
+        """Make a subclass a dataclass: `class MyConfig(SSAMArgumentsMixin, SFTConfig): ...` is then enough."""
         super().__init_subclass__(**kwargs)
         dataclass(repr=False)(cls)
 
@@ -163,7 +164,8 @@ class SSAMArgumentsMixin:
             )
         for name, choices in (("ascent_scope", SCOPES), ("rho_scheduler_type", RHO_SCHEDULES)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: `{getattr(self, name)}` does not exist; choose one of {', '.join(choices)}.")
+                listed = ", ".join(choices)
+                raise ValueError(f"{name}: `{getattr(self, name)}` does not exist; choose one of {listed}.")
         if not self.ascent_start >= 0:
             raise ValueError(f"ascent_start: {self.ascent_start} is not allowed; choose a ratio below 1, or a step.")
         for name in ("ascent_interval", "sharpness_steps"):
@@ -178,9 +180,9 @@ def _plain(name: Any) -> str:
 
 @dataclass(repr=False)
 class SSAMTrainingArguments(SSAMArgumentsMixin, TrainingArguments):
-    __doc__ = SSAMArgumentsMixin.__doc__
+    """`transformers.TrainingArguments` with sharpness-aware training; see `SSAMArgumentsMixin`."""
 
 
 @dataclass(repr=False)
 class SSAMSeq2SeqTrainingArguments(SSAMArgumentsMixin, Seq2SeqTrainingArguments):
-    __doc__ = SSAMArgumentsMixin.__doc__
+    """`transformers.Seq2SeqTrainingArguments` with sharpness-aware training; see `SSAMArgumentsMixin`."""
