@@ -58,7 +58,7 @@ class LossCountMixin:
             return False
         warnings.warn(
             f"{type(model).__name__} takes num_items_in_batch but its loss ignores it, so a stock Trainer would make "
-            "the gradient accumulation × processes times too large; model_accepts_loss_kwargs=False is set, which mends it.",
+            "the gradient accumulation × processes times too large; model_accepts_loss_kwargs=False mends it, and is set.",
             UserWarning,
             stacklevel=2,
         )

@@ -43,7 +43,7 @@ def refuse_optimizer(optimizer: Any) -> None:
     if two_steps or any(re.search(r"SAM(?![a-z])", base.__name__) for base in bases):
         raise ValueError(
             f"optimizers: {type(optimizer).__name__} wraps an optimizer to take two steps of its own, which the "
-            "Trainer cannot drive; pass the plain optimizer, or none, and choose the method with optim='ssam' and rho=…."
+            "Trainer cannot drive; pass the plain optimizer, or none, and set optim='ssam' and rho=…."
         )
 
 

@@ -124,7 +124,7 @@ class SSAMTrainerMixin(HostMixin, LossCountMixin, ResumeMixin, ModelCardMixin):
         trainable(self.model)
         if self.args.fp16 and self.accelerator.scaler is None:
             warnings.warn(
-                "fp16=True has no effect on this device: Accelerate makes no gradient scaler, and the run is in float32; "
+                "fp16=True has no effect on this device: no gradient scaler is made and the run is in float32; "
                 "train on a GPU, or drop fp16.",
                 UserWarning,
                 stacklevel=3,
