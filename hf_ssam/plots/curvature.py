@@ -1,0 +1,142 @@
+"""Pictures of curvature: eigenvalue and edge, spectral density, the loss round the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..sharpness import Line, Plane, Spectrum
+from .canvas import COLORS, canvas, dress, save, style
+from .history import Source, history, series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_EDGES = (
+    ("sharpness/edge", "predicted edge of this method", "--"),
+    ("sharpness/edge_gd", "2/η: edge of gradient descent", ":"),
+)
+
+
+def plot_edge(source: Source, path: str | Path | None = None, ax: Axes | None = None) -> Axes:
+    """The top eigenvalue of a run over its steps, against the edges predicted from learning rate and ρ.
+
+    Args:
+        source: see `history`; the run needs `sharpness_steps`.
+        path: where to save a PNG.
+        ax: where to draw; a new figure where None.
+
+    Raises:
+        ValueError: if no eigenvalue was logged.
+    """
+    log = history(source)
+    steps, values = series(log, "sharpness/top_eigenvalue")
+    if not steps:
+        raise ValueError("source: the log holds no `sharpness/top_eigenvalue`; train with --sharpness_steps.")
+    ax = ax or canvas()[0]
+    ax.plot(steps, values, label="measured λ₁", marker="o", markersize=3, color=COLORS[0])
+    top = max(values)
+    for i, (key, label, line) in enumerate(_EDGES, start=1):
+        at, edges = series(log, key)
+        if at:
+            ax.plot(at, edges, line, color=COLORS[i], label=label)
+    # A decaying learning rate sends the edges to infinity; the measured curve is what has to be seen.
+    visible = [e for key, _, _ in _EDGES for e in series(log, key)[1] if e < 4 * top]
+    ax.set_ylim(min(0, 1.1 * min(values)), 1.15 * max([top, *visible]))
+    dress(ax, "Top Hessian eigenvalue and the edge of stability", "optimizer step", "λ₁")
+    save(ax, path)
+    return ax
+
+
+def plot_spectrum(
+    spectra: Spectrum | Mapping[str, Spectrum],
+    path: str | Path | None = None,
+    ax: Axes | None = None,
+    width: float | None = None,
+) -> Axes:
+    """Density of Hessian eigenvalues, on a logarithmic scale: a single large eigenvalue of a million is a small bump.
+
+    Args:
+        spectra: from `sharpness.spectrum`, one or several by name.
+        path: where to save a PNG.
+        ax: where to draw; a new figure where None.
+        width: standard deviation of the Gaussian that smears each eigenvalue; default 1 % of the range shown.
+    """
+    named = {"": spectra} if isinstance(spectra, Spectrum) else dict(spectra)
+    ax = ax or canvas()[0]
+    low, high = min(s.nodes[0] for s in named.values()), max(s.nodes[-1] for s in named.values())
+    width = width or max(0.01 * (high - low), 1e-12)
+    grid = np.linspace(low - 5 * width, high + 5 * width, 1000)
+    floor = min(0.1 / s.parameters for s in named.values()) / width
+    for i, (name, spectrum) in enumerate(named.items()):
+        density = spectrum.density(grid, width)
+        ax.plot(grid, density, label=name, **style(i))
+        ax.plot(spectrum.nodes[-1], _height(spectrum, width, floor), "v", color=COLORS[i % len(COLORS)])
+        ax.annotate(
+            f"λ₁ ≈ {spectrum.nodes[-1]:.3g}",
+            (spectrum.nodes[-1], _height(spectrum, width, floor)),
+            xytext=(0, 8 + 12 * i),
+            textcoords="offset points",
+            ha="right",
+            color=COLORS[i % len(COLORS)],
+        )
+    ax.set_yscale("log")
+    ax.set_ylim(bottom=floor)
+    dress(ax, "Spectral density of the Hessian", "eigenvalue λ", "density (log scale)", legend=len(named) > 1)
+    save(ax, path)
+    return ax
+
+
+def _height(spectrum: Spectrum, width: float, floor: float) -> float:
+    return max(2 * floor, float(spectrum.density(spectrum.nodes[-1:], width)[0]))
+
+
+def plot_loss_line(lines: Mapping[str, Line], path: str | Path | None = None, ax: Axes | None = None) -> Axes:
+    """The loss along lines through the weights.
+
+    Args:
+        lines: from `sharpness.loss_line`, by the name of the direction.
+        path: where to save a PNG.
+        ax: where to draw; a new figure where None.
+    """
+    ax = ax or canvas()[0]
+    for i, (name, line) in enumerate(lines.items()):
+        ax.plot(line.distances, line.losses, label=name, **style(i))
+    ax.axvline(0, color="black", linewidth=0.8, alpha=0.5)
+    ax.annotate(" w", (0, 1), xycoords=("data", "axes fraction"), va="top")
+    dress(ax, "Loss along lines through the weights w", "distance t in w + t d", "loss")
+    save(ax, path)
+    return ax
+
+
+def plot_loss_plane(
+    plane: Plane,
+    path: str | Path | None = None,
+    ax: Axes | None = None,
+    names: Sequence[str] = ("first direction", "second direction"),
+) -> Axes:
+    """The loss over a plane through the weights, in filled levels.
+
+    Args:
+        plane: from `sharpness.loss_plane`.
+        path: where to save a PNG.
+        ax: where to draw; a new figure where None.
+        names: of the directions, to the right and upwards.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    ax = ax or canvas(size=(5.6, 4.6))[0]
+    losses = np.ma.masked_invalid(plane.losses)
+    levels = MaxNLocator(16).tick_values(losses.min(), losses.max())
+    filled = ax.contourf(plane.distances, plane.distances, losses, levels=levels, cmap="viridis")
+    ax.contour(plane.distances, plane.distances, losses, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
+    ax.plot(0, 0, "o", color="white", markeredgecolor="black")
+    ax.annotate("w", (0, 0), xytext=(6, 6), textcoords="offset points", color="white", weight="bold")
+    ax.figure.colorbar(filled, ax=ax, label="loss")
+    ax.set_aspect("equal")
+    dress(ax, "Loss over a plane through the weights w", names[0], names[1], legend=False)
+    save(ax, path)
+    return ax

@@ -1,0 +1,133 @@
+"""Pictures of runs: what the Trainer logged, one run or several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .canvas import COLORS, canvas, dress, log_if_wide, save, style
+from .history import Source, history, series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_PANELS = (
+    ("Loss", "loss", (("loss", "training"), ("ssam/ascent_loss", "at w + e"), ("eval_loss", "evaluation"))),
+    ("Evaluation accuracy", "accuracy", (("eval_accuracy", "evaluation"),)),
+    ("SSAM factor γ = ‖g‖/‖ĝ‖", "γ", (("ssam/scale", "γ"),)),
+    (
+        "Norms",
+        "norm",
+        (
+            ("ssam/grad_norm", "‖g‖ at w"),
+            ("ssam/ascent_grad_norm", "‖ĝ‖ at w + e"),
+            ("ssam/perturbation_norm", "‖e‖"),
+        ),
+    ),
+)
+
+_COMPARED = (
+    ("Training loss", "loss", "loss"),
+    ("Evaluation accuracy", "accuracy", "eval_accuracy"),
+    ("Top Hessian eigenvalue", "λ₁", "sharpness/top_eigenvalue"),
+)
+
+
+def plot_run(source: Source, path: str | Path | None = None) -> list[Axes]:
+    """One run: loss, accuracy, SSAM's factor and the norms over steps; a panel of what was not logged is left out.
+
+    Args:
+        source: see `history`.
+        path: where to save a PNG.
+
+    Raises:
+        ValueError: if nothing of it was logged.
+    """
+    log = history(source)
+    drawn = [(t, y, [(series(log, k), label) for k, label in keys]) for t, y, keys in _PANELS]
+    drawn = [(t, y, [c for c in curves if c[0][0]]) for t, y, curves in drawn if any(c[0][0] for c in curves)]
+    _check(drawn, "loss, accuracy or `ssam/...`")
+    columns = min(2, len(drawn))
+    axes = canvas(-(-len(drawn) // columns), columns, (5.6, 3.4))
+    for ax, (title, y, curves) in zip(axes, drawn, strict=False):
+        for i, ((steps, values), label) in enumerate(curves):
+            ax.plot(steps, values, label=label, marker="o" if len(steps) < 12 else None, markersize=3, **style(i))
+        log_if_wide(ax, [v for (_, values), _ in curves for v in values])
+        dress(ax, title, "optimizer step", y, legend=len(curves) > 1)
+    _blank(axes[len(drawn) :])
+    save(axes[0], path)
+    return axes[: len(drawn)]
+
+
+def plot_runs(sources: Mapping[str, Source], path: str | Path | None = None) -> list[Axes]:
+    """Several runs over each other: loss, accuracy and top eigenvalue, as far as any run logged them.
+
+    Args:
+        sources: runs by the name to show; see `history`.
+        path: where to save a PNG.
+
+    Raises:
+        ValueError: if no run logged any of it.
+    """
+    logs = {name: history(source) for name, source in sources.items()}
+    drawn = [p for p in _COMPARED if any(series(log, p[2])[0] for log in logs.values())]
+    _check(drawn, "loss, accuracy or `sharpness/top_eigenvalue`")
+    axes = canvas(1, len(drawn), (4.8, 3.6))
+    for ax, (title, y, key) in zip(axes, drawn, strict=True):
+        curves = {name: series(log, key) for name, log in logs.items()}
+        for i, (name, (steps, values)) in enumerate(curves.items()):
+            ax.plot(steps, values, label=name, marker="o" if len(steps) < 12 else None, markersize=3, **style(i))
+        log_if_wide(ax, [v for _, values in curves.values() for v in values])
+        dress(ax, title, "optimizer step", y, legend=ax is axes[0])
+    save(axes[0], path)
+    return axes
+
+
+def plot_rho_sweep(
+    scores: Mapping[float, Sequence[float]],
+    baseline: Sequence[float] | None = None,
+    metric: str = "evaluation accuracy",
+    path: str | Path | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """A score against ρ: every seed as a dot, their mean as a line, and the base optimizer's mean and range behind.
+
+    Args:
+        scores: by ρ > 0, one number a seed.
+        baseline: the same without a perturbation.
+        metric: what the score is.
+        path: where to save a PNG.
+        ax: where to draw; a new figure where None.
+    """
+    ax = ax or canvas()[0]
+    rhos = sorted(scores)
+    for rho in rhos:
+        ax.plot([rho] * len(scores[rho]), scores[rho], "o", color=COLORS[0], alpha=0.4, markersize=4)
+    ax.plot(rhos, [np.mean(scores[r]) for r in rhos], "-", color=COLORS[0], label=f"mean of {_seeds(scores)}")
+    if baseline:
+        ax.axhline(float(np.mean(baseline)), color=COLORS[1], linestyle="--", label="no perturbation: mean, range")
+        ax.axhspan(min(baseline), max(baseline), color=COLORS[1], alpha=0.12, linewidth=0)
+    ax.set_xscale("log")
+    ax.set_xticks(rhos, [f"{r:g}" for r in rhos])
+    ax.minorticks_off()
+    dress(ax, f"{metric.capitalize()} against the radius ρ", "ρ (log scale)", metric)
+    save(ax, path)
+    return ax
+
+
+def _seeds(scores: Mapping[float, Sequence[float]]) -> str:
+    counts = sorted({len(s) for s in scores.values()})
+    return f"{'-'.join(map(str, counts))} seed{'s' if counts != [1] else ''}"
+
+
+def _blank(axes: Sequence[Axes]) -> None:
+    for ax in axes:
+        ax.set_axis_off()
+
+
+def _check(drawn: Sequence, wanted: str) -> None:
+    if not drawn:
+        raise ValueError(f"source: the log holds no {wanted}; pass the folder of a run that logged some.")
