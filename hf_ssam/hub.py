@@ -174,8 +174,19 @@ def later_command(repo: str, folder: str, revision: str | None = None, private: 
 def explain(error: BaseException, repo: str, revision: str | None = None) -> str:
     """Why a request about `repo` failed and what to do, without a full stop.
 
-    The order matters: the Hub's own errors are also HTTP errors.
+    The client wraps a failed upload in errors of its own, so the first cause that says something is taken.
     """
+    causes = _causes(error)
+    told = next((text for cause in causes if (text := _explain_one(cause, repo, revision))), None)
+    if told:
+        return told
+    if any(isinstance(cause, httpx.HTTPError | OSError) for cause in causes):
+        where = f"{constants.ENDPOINT} cannot be reached or broke off ({type(causes[-1]).__name__})"
+        return f"The push to {repo} failed, {where}; check the network"
+    return f"The push to {repo} failed ({' '.join(str(error).split())})"
+
+
+def _explain_one(error: BaseException, repo: str, revision: str | None) -> str | None:
     if isinstance(error, OfflineModeIsEnabled):
         return "push_to_hub: the Hub is switched off by HF_HUB_OFFLINE; unset it, or train without --push_to_hub"
     if isinstance(error, HFValidationError):
@@ -188,13 +199,7 @@ def explain(error: BaseException, repo: str, revision: str | None = None) -> str
             f"hub_revision: the repository {repo} has no branch '{revision}'; create it with "
             f"`hf repos branch create {repo} {revision}`, or leave --hub_revision out"
         )
-    if isinstance(error, HfHubHTTPError):
-        return _explain_status(error, repo)
-    root = _root(error)
-    if isinstance(root, httpx.HTTPError | OSError):
-        where = f"{constants.ENDPOINT} cannot be reached or broke off ({type(root).__name__})"
-        return f"The push to {repo} failed, {where}; check the network"
-    return f"The push to {repo} failed ({' '.join(str(root).split())})"
+    return _explain_status(error, repo) if isinstance(error, HfHubHTTPError) else None
 
 
 def _explain_status(error: HfHubHTTPError, repo: str) -> str:
@@ -213,7 +218,6 @@ def _explain_status(error: HfHubHTTPError, repo: str) -> str:
     return f"The push to {repo} failed, the Hub answered {status} ({error.server_message or 'no reason given'})"
 
 
-def _root(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+def _causes(error: BaseException | None) -> list[BaseException]:
+    """The error, what it was raised from, and so on down: the client wraps one failed upload in several errors."""
+    return [] if error is None else [error, *_causes(error.__cause__)]
