@@ -59,15 +59,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
     """
     parser = ExampleParser((ModelArguments, DataArguments, SSAMTrainingArguments), description=__doc__)
     model_args, data_args, args = parser.parse(argv)
-    _choose_work(args)
     set_seed(args.seed)
 
     with args.main_process_first(desc="reading the data"):
-        raw, names = number_labels(load(data_args), data_args)
+        raw = load(data_args)
+        columns = text_columns(raw, data_args)
+        raw, names = number_labels(raw, data_args)
     splits = _choose_splits(raw, args)
+    checkpoint = _checkpoint(args)
     model, tokenizer = _load_model(model_args, names)
     with args.main_process_first(desc="tokenizing"):
-        prepared = {use: _prepare(raw[split], use, split, tokenizer, data_args) for use, split in splits.items()}
+        prepared = {use: _prepare(raw[split], use, columns, tokenizer, data_args) for use, split in splits.items()}
 
     trainer = SSAMTrainer(
         model=model,
@@ -80,40 +82,39 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
     )
     results = {}
     if args.do_train:
-        results |= trainer.train(resume_from_checkpoint=_checkpoint(args)).metrics
+        results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()
         trainer.save_state()
-    if args.do_eval and "eval" in prepared:
+    if args.do_eval:
         results |= trainer.evaluate()
     if args.do_predict:
         results |= _predict(trainer, prepared["predict"], names)
     if trainer.is_world_process_zero():
-        _report(results, splits, trainer)
-    _share(trainer, model_args, data_args)
+        _report(results, trainer)
+    if args.do_train:
+        _share(trainer, model_args, data_args)
     return {**results, "output_dir": args.output_dir}
 
 
-def _choose_work(args: SSAMTrainingArguments) -> None:
-    """Train and evaluate if nothing was asked for; a `do_eval` that follows from `eval_strategy` asks for nothing."""
-    asks_to_evaluate = args.do_eval and args.eval_strategy == "no"
-    if not (args.do_train or args.do_predict or asks_to_evaluate):
-        args.do_train = args.do_eval = True
-
-
 def _choose_splits(raw: DatasetDict, args: SSAMTrainingArguments) -> dict[str, str]:
-    """Which split of the data serves each use: ``train``, ``eval`` (validation, or else test) and ``predict``."""
-    evaluates = args.do_eval or args.eval_strategy != "no" or args.eval_on_start
-    wanted = {"train": args.do_train, "eval": evaluates, "predict": args.do_predict}
+    """Which split of the data serves each use: ``train``, ``eval`` (validation, or else test) and ``predict``.
+
+    Where nothing was asked for, the run trains, and evaluates if there is something to evaluate on; a `do_eval` that
+    only follows from `eval_strategy` asks for nothing.
+    """
     labelled_test = "test" in raw and "label" in raw["test"].column_names
     held_out = "validation" if "validation" in raw or not labelled_test else "test"
-    splits = {"train": "train", "eval": held_out, "predict": "test"}
-    missing = [use for use, is_wanted in wanted.items() if is_wanted and splits[use] not in raw]
-    if missing == ["eval"] and args.eval_strategy == "no" and not args.eval_on_start:
-        return {"train": "train"}
-    if missing:
-        flag = {"train": "--train_file", "eval": "--validation_file", "predict": "--test_file"}[missing[0]]
-        raise UsageError(f"there is nothing to {missing[0]} on: the data has only {', '.join(raw)}; give {flag}")
-    return {use: split for use, split in splits.items() if wanted[use]}
+    if not (args.do_train or args.do_predict or (args.do_eval and args.eval_strategy == "no")):
+        args.do_train, args.do_eval = True, args.do_eval or held_out in raw
+    evaluates = args.do_eval or args.eval_strategy != "no" or args.eval_on_start
+    splits = {"train": "train"} if args.do_train else {}
+    splits |= {"eval": held_out} if evaluates else {}
+    splits |= {"predict": "test"} if args.do_predict else {}
+    for use, split in splits.items():
+        if split not in raw:
+            flag = {"train": "--train_file", "eval": "--validation_file", "predict": "--test_file"}[use]
+            raise UsageError(f"there is nothing to {use} on: the data has only {', '.join(raw)}; give {flag}")
+    return splits
 
 
 def _load_model(source: ModelArguments, names: list[str] | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -141,11 +142,12 @@ def _load_model(source: ModelArguments, names: list[str] | None) -> tuple[PreTra
     return model, tokenizer
 
 
-def _prepare(rows: Dataset, use: str, split: str, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> Dataset:
+def _prepare(
+    rows: Dataset, use: str, columns: list[str], tokenizer: PreTrainedTokenizerBase, data: DataArguments
+) -> Dataset:
     """The first examples of `rows`, as many as `use` may have, as token ids and ``label``."""
     limits = {"train": data.max_train_samples, "eval": data.max_eval_samples, "predict": data.max_predict_samples}
     rows = rows.select(range(min(limits[use] or len(rows), len(rows))))
-    columns = text_columns(rows, data, split)
     length = min(data.max_seq_length, tokenizer.model_max_length)
     padding = "max_length" if data.pad_to_max_length else False
 
@@ -154,7 +156,7 @@ def _prepare(rows: Dataset, use: str, split: str, tokenizer: PreTrainedTokenizer
         return tokenizer(*texts, truncation=True, max_length=length, padding=padding)
 
     drop = [name for name in rows.column_names if name != "label"]
-    return rows.map(encode, batched=True, remove_columns=drop, desc=f"tokenizing {split}")
+    return rows.map(encode, batched=True, remove_columns=drop, desc=f"tokenizing to {use}")
 
 
 def _metrics(names: list[str] | None, data: DataArguments) -> Callable[[EvalPrediction], dict[str, float]]:
@@ -174,9 +176,11 @@ def _checkpoint(args: SSAMTrainingArguments) -> str | None:
     if args.resume_from_checkpoint is None or str(args.resume_from_checkpoint).lower() == "false":
         return None
     asked = str(args.resume_from_checkpoint)
-    folder = get_last_checkpoint(args.output_dir) if asked.lower() == "true" else asked
+    where = args.output_dir if asked.lower() == "true" else asked
+    folder = where
+    if where == args.output_dir:
+        folder = get_last_checkpoint(where) if Path(where).is_dir() else None
     if folder is None or not Path(folder).is_dir():
-        where = args.output_dir if folder is None else folder
         raise UsageError(f"--resume_from_checkpoint {asked}: there is no checkpoint in {where}")
     return folder
 
@@ -193,7 +197,7 @@ def _predict(trainer: SSAMTrainer, rows: Dataset, names: list[str] | None) -> di
     return output.metrics
 
 
-def _report(results: dict[str, float], splits: dict[str, str], trainer: SSAMTrainer) -> None:
+def _report(results: dict[str, float], trainer: SSAMTrainer) -> None:
     """Write ``all_results.json``, and print the results line."""
     folder = Path(trainer.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

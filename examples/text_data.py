@@ -97,21 +97,23 @@ def source_of(data: DataArguments, split: str) -> str:
     return file or f"the {split} split of {data.task_name or data.dataset_name or data.offline_dataset}"
 
 
-def text_columns(rows: Dataset, data: DataArguments, split: str) -> list[str]:
-    """The one or two columns of `rows` that hold text: those asked for, a usual name, or the only candidate.
+def text_columns(raw: DatasetDict, data: DataArguments) -> list[str]:
+    """The one or two columns that hold text: those asked for, a usual name, or the only candidate.
 
     Raises:
-        UsageError: there is no such column, it holds something else, or there are several candidates.
+        UsageError: a split has no such column, or it holds something else or nothing, or there are several candidates.
     """
-    strings = [name for name, feature in rows.features.items() if feature in (Value("string"), Value("large_string"))]
-    columns = data.text_column_names or GLUE_COLUMNS.get(data.task_name) or _guess(strings, data)
+    reference = next(iter(raw))
+    columns = data.text_column_names or GLUE_COLUMNS.get(data.task_name) or _guess(raw[reference], data)
     if columns is None:
-        found = f"has several text columns ({', '.join(strings)})" if strings else "has no text column"
-        raise UsageError(f"{source_of(data, split)} {found}: name the one or two to use with --text_column_names")
-    for column in columns:
-        if column not in strings:
-            raise UsageError(f"{source_of(data, split)} has no text column {column!r}: it has {_described(rows)}")
-        _refuse_empty(rows, column, source_of(data, split))
+        names = ", ".join(_strings(raw[reference]))
+        found = f"has several text columns ({names})" if names else "has no text column"
+        raise UsageError(f"{source_of(data, reference)} {found}: name the one or two to use with --text_column_names")
+    for split, rows in raw.items():
+        for column in columns:
+            if column not in _strings(rows):
+                raise UsageError(f"{source_of(data, split)} has no text column {column!r}: it has {_described(rows)}")
+            _refuse_empty(rows, column, source_of(data, split))
     return columns
 
 
@@ -190,17 +192,23 @@ def _read(path: Path) -> Dataset:
         raise UsageError(f"there is no file {path}")
     if path.suffix not in READERS:
         raise UsageError(f"{path} is of no known kind: give a file that ends in {', '.join(READERS)}")
-    if not path.stat().st_size:
-        raise UsageError(f"{path} is empty: it has no examples")
     reader, options = READERS[path.suffix]
     try:
-        return load_dataset(reader, data_files=str(path), split="train", **options)
+        splits = load_dataset(reader, data_files={"train": str(path)}, **options) if path.stat().st_size else {}
     except Exception as error:  # each reader has exceptions of its own, and all mean the same
         reason = " ".join(str(error.__cause__ or error).split())
         raise UsageError(f"{path} could not be read as {reader} ({reason})") from error
+    if "train" not in splits:  # a table of nothing but its head
+        raise UsageError(f"{path} is empty: it has no examples")
+    return splits["train"]
 
 
-def _guess(strings: list[str], data: DataArguments) -> list[str] | None:
+def _strings(rows: Dataset) -> list[str]:
+    return [name for name, feature in rows.features.items() if _kind(feature) == "text"]
+
+
+def _guess(rows: Dataset, data: DataArguments) -> list[str] | None:
+    strings = _strings(rows)
     for columns in USUAL_COLUMNS:
         if set(columns) <= set(strings):
             return columns
@@ -217,4 +225,13 @@ def _refuse_empty(rows: Dataset, column: str, source: str) -> None:
 
 
 def _described(rows: Dataset) -> str:
-    return ", ".join(f"{name} ({getattr(feature, 'dtype', 'nested')})" for name, feature in rows.features.items())
+    return ", ".join(f"{name} ({_kind(feature)})" for name, feature in rows.features.items())
+
+
+def _kind(feature: object) -> str:
+    """What a column holds, in a word."""
+    if isinstance(feature, ClassLabel):
+        return "classes"
+    if not isinstance(feature, Value):
+        return "nested"
+    return "text" if feature.dtype in ("string", "large_string") else feature.dtype

@@ -1,0 +1,80 @@
+"""The examples' command line: a file of values, flags over it, mistakes as one sentence."""
+
+import pytest
+
+from cli import ExampleParser, UsageError, run
+from hf_ssam import SSAMTrainingArguments
+
+
+def parse(*argv):
+    return ExampleParser([SSAMTrainingArguments], description="").parse([str(word) for word in argv])[0]
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_flags_override_the_file_and_the_file_overrides_the_defaults(config):
+    path = config("output_dir: here\nrho: 0.2\nseed: 7\noptim: asam\n")
+    args = parse(path, "--rho", "0.1", "--optim=sgd")
+    assert (args.output_dir, args.rho, args.seed, args.optim) == ("here", 0.1, 7, "sgd")
+    assert parse("--config", path).rho == parse(f"--config={path}").rho == 0.2
+
+
+def test_a_value_in_the_file_is_read_as_the_flag_would_be(config):
+    args = parse(config("learning_rate: 1e-3\nnum_train_epochs: 3\nbf16: false\neval_on_start: true\nseed: 5\n"))
+    assert (args.learning_rate, args.num_train_epochs, args.seed) == (1e-3, 3.0, 5)
+    assert [type(value) for value in (args.learning_rate, args.num_train_epochs, args.seed)] == [float, float, int]
+    assert args.eval_on_start is True and args.bf16 is False
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--rhoo", "1"], "unknown flag --rhoo: did you mean --rho?"),
+        (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["--rho", "-1"], "rho"),
+        (["--optim", "ssma"], "invalid choice: 'ssma'"),
+        (["no.yaml"], "there is no configuration file no.yaml"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(argv, sentence):
+    with pytest.raises(UsageError) as error:
+        parse(*argv)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("rhoo: 1", "sets 'rhoo', which is not a flag: did you mean rho?"),
+        ("rho: : 1", "is not valid YAML"),
+        ("- rho", "must hold lines of the form `flag: value`"),
+        ("seed: abc", "invalid int value: 'abc'"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_sentence(config, text, sentence):
+    with pytest.raises(UsageError) as error:
+        parse(config(text))
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_the_user_can_mend_exits_with_status_2_and_a_bug_keeps_its_traceback(capsys):
+    def usage():
+        raise UsageError("give less")
+
+    def bug():
+        raise KeyError("x")
+
+    with pytest.raises(SystemExit) as exit_:
+        run(usage)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: give less\n"
+    with pytest.raises(KeyError):
+        run(bug)
