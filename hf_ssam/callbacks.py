@@ -7,6 +7,8 @@ every `report_to` show it without a line of ours.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,9 @@ PREFIX = "ssam/"
 class StepLog:
     """Sums of step reports since the last log entry.
 
-    Averages run over the steps in which the field existed and that were not skipped; `perturbed_steps` and
-    `skipped_steps` count, and `total_passes` is what the run has cost so far in passes over a batch.
+    Averages run over the steps in which the field existed and that were not skipped, and are left out where there is
+    no such step; `perturbed_steps` and `skipped_steps` count, and `total_passes` is what the run has cost so far in
+    passes over a batch.
     """
 
     def __init__(self, total_passes: float = 0.0):
@@ -58,7 +61,7 @@ class StepLog:
         values = mean_over_ranks(
             torch.stack([*means, torch.as_tensor(self._skipped, device=means[0].device)])
         ).tolist()
-        entry = {PREFIX + n: v for n, v in zip(names, values, strict=False)}
+        entry = {PREFIX + n: v for n, v in zip(names, values, strict=False) if not math.isnan(v)}
         entry[PREFIX + "perturbed_steps"] = self._perturbed
         entry[PREFIX + "skipped_steps"] = round(values[-1])
         entry[PREFIX + "total_passes"] = self.total_passes
