@@ -21,11 +21,17 @@ class Memory:
 
     Rules read what earlier steps committed and stage what this step leaves; the engine commits once both passes are
     known to be finite, so an overflow leaves the method's state untouched (law 7: the decision stays on the device).
+    Where each micro-batch ascends by itself, each commits, and `end` takes all of it back if any was not finite.
     """
 
     def __init__(self) -> None:
         self.slots: dict[str, Vector] = {}
         self._staged: dict[str, Vector] = {}
+        self._before: dict[str, Vector] = {}
+
+    def begin(self) -> None:
+        """Remember what the last step left, to go back to."""
+        self._before = dict(self.slots)
 
     def read(self, slot: str) -> Vector:
         """What the last finite step left in `slot`; empty before the first."""
@@ -43,13 +49,23 @@ class Memory:
         """Accept what was staged where `finite` (bool, shape ()) holds; elsewhere keep what was there (or zeros)."""
         for slot, v in self._staged.items():
             old = self.slots.get(slot, {})
-            chosen = {n: torch.where(finite.to(t.device), t, old.get(n, torch.zeros_like(t))) for n, t in v.items()}
-            self.slots[slot] = {**old, **chosen}
+            self.slots[slot] = {**old, **_chosen(finite, v, old)}
         self._staged.clear()
 
+    def end(self, finite: Tensor, commits: int) -> None:
+        """Close a step; of several commits, take back all where `finite` (bool, shape ()) does not hold."""
+        if commits > 1:
+            self.slots = {slot: _chosen(finite, v, self._before.get(slot, {})) for slot, v in self.slots.items()}
+        self._before = {}
+
     def drop(self) -> None:
-        """Forget what was staged: the step did not happen."""
+        """Forget what was staged and what was committed since `begin`: the step did not happen."""
         self._staged.clear()
+        self.slots = dict(self._before)
+
+
+def _chosen(finite: Tensor, new: Vector, old: Vector) -> Vector:
+    return {n: torch.where(finite.to(t.device), t, old.get(n, torch.zeros_like(t))) for n, t in new.items()}
 
 
 @dataclass

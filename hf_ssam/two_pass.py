@@ -135,6 +135,7 @@ class TwoPass:
     def begin(self, loss_scale: float | Tensor | None = None) -> None:
         """Open a step. `.grad` is None, or zero, on entry."""
         self._reports = []
+        self._memory.begin()
         self._window = self._new_window(loss_scale)
 
     def first_pass(self, run: RunPass, share: float | Tensor = 1.0) -> Tensor:
@@ -165,7 +166,9 @@ class TwoPass:
             self.ranks.average()
         self._window = None
         self.steps += any(r.perturbation_norm is not None for r in reports)
-        return merged(reports)
+        report = merged(reports)
+        self._memory.end(~report.skipped, len(reports))
+        return report
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart: tensors by slot and parameter name, sharded as the parameters are."""
@@ -236,12 +239,14 @@ class TwoPass:
         snapshot = Snapshot(w.values(), self.offload_snapshot)
         try:
             move(w, u, self.rho)
+            torch.clear_autocast_cache()  # one autocast context around both passes would show the second stale casts
             self._check_survival(w, snapshot, u)
             self.space.clear_grads()
             with self._replay.rewound(window.buffers_seen):
                 return sum(self._replayed(run, rng) for run, rng in zip(window.runs, window.rng_seen, strict=True))
         finally:
             snapshot.restore()
+            torch.clear_autocast_cache()
 
     def _replayed(self, run: RunPass, rng: RandomState | None) -> Tensor:
         if rng is not None:
