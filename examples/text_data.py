@@ -192,15 +192,17 @@ def _read(path: Path) -> Dataset:
         raise UsageError(f"there is no file {path}")
     if path.suffix not in READERS:
         raise UsageError(f"{path} is of no known kind: give a file that ends in {', '.join(READERS)}")
+    empty = UsageError(f"{path} is empty: it has no examples")
+    if not path.stat().st_size:
+        raise empty
     reader, options = READERS[path.suffix]
     try:
-        splits = load_dataset(reader, data_files={"train": str(path)}, **options) if path.stat().st_size else {}
+        return load_dataset(reader, data_files=str(path), split="train", **options)
     except Exception as error:  # each reader has exceptions of its own, and all mean the same
         reason = " ".join(str(error.__cause__ or error).split())
+        if "corresponds to no data" in reason:  # a table with a head and no rows
+            raise empty from error
         raise UsageError(f"{path} could not be read as {reader} ({reason})") from error
-    if "train" not in splits:  # a table of nothing but its head
-        raise UsageError(f"{path} is empty: it has no examples")
-    return splits["train"]
 
 
 def _strings(rows: Dataset) -> list[str]:
