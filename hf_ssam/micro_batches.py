@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from transformers.distributed.fsdp import is_fsdp_managed_module
 
 
 @dataclass
@@ -98,6 +98,6 @@ class HostMixin:
     def _sync_context(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         if last or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
             return contextlib.nullcontext()
-        if self.is_distributed_loading_by_transformers and isinstance(self.model, FSDPModule):
+        if self.is_distributed_loading_by_transformers and is_fsdp_managed_module(self.model):
             return self._defer_fsdp_gradient_reduction()
         return self.accelerator.no_sync(model)

@@ -42,17 +42,18 @@ class Ranks:
     def __init__(self, model: nn.Module, scope: str, space: Space):
         if scope not in SCOPES:
             raise ValueError(f"ascent_scope: `{scope}` does not exist; choose one of {', '.join(SCOPES)}.")
-        if scope != "global" and space.is_sharded:
+        self._ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
+        self._fsdp = next((m for m in model.modules() if isinstance(m, FSDPModule)), None)
+        sharded = space.is_sharded or self._fsdp is not None
+        if scope != "global" and sharded:
             raise ValueError(
                 f"ascent_scope: `{scope}` needs each rank's own whole gradient, which a sharded model never holds; "
                 "choose ascent_scope=global, or train with DDP."
             )
         self.scope = scope
-        self._ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
-        self._fsdp = next((m for m in model.modules() if isinstance(m, FSDPModule)), None)
         self._space = space
         replicas = None if self._ddp is None else self._ddp.process_group
-        self._group = dist.group.WORLD if space.is_sharded else replicas
+        self._group = dist.group.WORLD if sharded else replicas
 
     @property
     def world_size(self) -> int:
@@ -61,8 +62,18 @@ class Ranks:
 
     @property
     def overwrites_gradients(self) -> bool:
-        """Whether the gradients of a second pass land in the storage of the first: DDP's buckets, where `.grad` views them."""
+        """Whether a second pass writes its gradients over the first's: DDP's buckets, where `.grad` views them."""
         return self._ddp is not None and self._ddp.gradient_as_bucket_view
+
+    @property
+    def buffers_due(self) -> bool:
+        """Whether the next forward first takes rank 0's buffers, as DDP has it after a synchronised pass."""
+        return self._ddp is not None and self._ddp.require_forward_param_sync
+
+    @buffers_due.setter
+    def buffers_due(self, due: bool) -> None:
+        if self._ddp is not None:
+            self._ddp.require_forward_param_sync = due
 
     def context(self) -> contextlib.AbstractContextManager:
         """What a pass runs in: under `rank` and `micro_batch` no gradient leaves the rank, forward included."""
@@ -87,6 +98,7 @@ class Ranks:
         """Average `.grad` over the ranks where the passes did not; a gradient that a rank lacks counts as zero."""
         if self.scope == "global" or self.world_size == 1:
             return
+        self.buffers_due = True
         params = self._present()
         for p in params:
             if p.grad is None:

@@ -37,6 +37,7 @@ class Window:
     """The passes that ascend together: all micro-batches of a step, or one of them under `micro_batch`."""
 
     buffers_seen: Any
+    buffers_due: bool
     loss_scale: float | Tensor | None
     runs: list[RunPass] = field(default_factory=list)
     rng_seen: list[RandomState | None] = field(default_factory=list)
@@ -195,7 +196,7 @@ class TwoPass:
         }
 
     def _new_window(self, loss_scale: float | Tensor | None) -> Window:
-        return Window(self._replay.saw_buffers(), loss_scale)
+        return Window(self._replay.saw_buffers(), self.ranks.buffers_due, loss_scale)
 
     def _first(self, window: Window, run: RunPass, share: float | Tensor) -> Tensor:
         window.runs.append(run)
@@ -242,6 +243,7 @@ class TwoPass:
             torch.clear_autocast_cache()  # one autocast context around both passes would show the second stale casts
             self._check_survival(w, snapshot, u)
             self.space.clear_grads()
+            self.ranks.buffers_due = window.buffers_due
             with self._replay.rewound(window.buffers_seen):
                 return sum(self._replayed(run, rng) for run, rng in zip(window.runs, window.rng_seen, strict=True))
         finally:

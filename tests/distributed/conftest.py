@@ -1,0 +1,19 @@
+"""One start of each worker for the whole session: processes are dear, scenarios are cheap."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.launching import Runs, started
+
+
+@pytest.fixture(scope="session")
+def ddp(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """What `ddp_worker.py` left."""
+    return started("ddp_worker.py", tmp_path_factory.mktemp("ddp"))
+
+
+@pytest.fixture(scope="session")
+def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """What `fsdp2_worker.py` left."""
+    return started("fsdp2_worker.py", tmp_path_factory.mktemp("fsdp2"))
