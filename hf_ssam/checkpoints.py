@@ -25,6 +25,8 @@ from torch import Tensor
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .rules import PLAIN
+
 STATE_FILE = "ssam_state.json"
 STATE_FOLDER = "ssam_state"
 TRAINER_STATE = "trainer_state.json"
@@ -90,7 +92,7 @@ def load_state(folder: str | Path, like: Mapping[str, Tensor]) -> dict[str, Any]
 
 def _read_vectors(folder: Path, keys: list[str], like: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     named = [key.split("/", 1) for key in keys]
-    unknown = [name for _, name in named if name not in like]
+    unknown = [name for slot, name in named if slot != PLAIN and name not in like]
     if unknown:
         raise ValueError(
             f"resume_from_checkpoint: {folder / STATE_FOLDER} holds vectors for `{unknown[0]}`, which this model does "
@@ -99,12 +101,18 @@ def _read_vectors(folder: Path, keys: list[str], like: Mapping[str, Tensor]) -> 
     if not keys:
         return {}
     metadata = dcp.FileSystemReader(folder / STATE_FOLDER).read_metadata().state_dict_metadata
-    flat = {f"{s}/{n}": torch.empty_like(like[n], dtype=metadata[f"{s}/{n}"].properties.dtype) for s, n in named}
+    flat = {f"{s}/{n}": _empty(metadata[f"{s}/{n}"], None if s == PLAIN else like[n]) for s, n in named}
     dcp.load(flat, checkpoint_id=folder / STATE_FOLDER, no_dist=not torch.distributed.is_initialized())
     memory: dict[str, dict[str, Tensor]] = {}
     for slot, name in named:
         memory.setdefault(slot, {})[name] = flat[f"{slot}/{name}"]
     return memory
+
+
+def _empty(saved: Any, like: Tensor | None) -> Tensor:
+    """Room for a saved tensor: laid out like its parameter, or whole on the host where it belongs to none."""
+    dtype = saved.properties.dtype
+    return torch.empty(saved.size, dtype=dtype) if like is None else torch.empty_like(like, dtype=dtype)
 
 
 def flattened(memory: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -12,7 +12,10 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from . import ascent, descent, papers
+from .adasam import AdaSAM
 from .options import Option, Value, read_options
 from .papers import Paper
 from .rules import Rule, chain
@@ -26,11 +29,23 @@ class Rules:
         ascent: `g -> u`, so that the second pass is taken at `w + ρ u`.
         descent: `ĝ -> d`.
         keeps_gradient: whether `descent` reads `at.g`; otherwise `g` is freed before the second pass.
+        period: the second pass is taken at every `period`-th step that the method is at work in; 0: never.
+        reuse: `g -> d` at the other steps.
+        anticipate: `{} -> u`, from memory alone, so that the first pass is taken at `w + ρ u`; None: at `w`.
+        stateful: whether a rule keeps something of the gradients in memory, which must then be the same on every rank.
     """
 
     ascent: Rule = chain()
     descent: Rule = chain()
     keeps_gradient: bool = False
+    period: int = 1
+    reuse: Rule = chain()
+    anticipate: Rule | None = None
+    stateful: bool = False
+
+    def ascends(self, step: int) -> bool:
+        """Whether step `step` (from 0) takes a second pass."""
+        return self.period > 0 and step % self.period == 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,7 @@ class Method:
         paper: where it comes from.
         options: what `optim_args` takes.
         passes: cost of one perturbed step, in forward-backward passes over the batch, as text.
+        optimizer: the base optimizer that belongs to the method; None: whichever the user chooses.
         values: the options' values, once chosen.
     """
 
@@ -55,15 +71,17 @@ class Method:
     paper: Paper
     options: Mapping[str, Option] = field(default_factory=dict)
     passes: str = "2"
+    optimizer: type[torch.optim.Optimizer] | None = None
     values: Mapping[str, Value] = field(default_factory=dict)
 
     def rules(self) -> Rules:
         """The composition, with SSAM's descent after the method's own where `renormalize` is set."""
         own = {n: v for n, v in self.values.items() if n not in RENORMALIZE}
         rules = self.build(**own)
-        if not self.values["renormalize"]:
+        if not self.values.get("renormalize"):
             return rules
-        return replace(rules, descent=chain(rules.descent, descent.renormalize(self.values["max_scale"])))
+        last = descent.renormalize(self.values["max_scale"])
+        return replace(rules, descent=chain(rules.descent, last), reuse=chain(rules.reuse, last))
 
 
 def _renormalize(default: bool) -> dict[str, Option]:
@@ -93,6 +111,41 @@ def _asam(eta: float, weights_only: bool) -> Rules:
     return _sam(adaptive=True, eta=eta, weights_only=weights_only)
 
 
+def _friendly_sam(sigma: float, lam: float, ema_order: str) -> Rules:
+    rule = ascent.friendly(sigma, lam, ema_order)
+    return Rules(ascent=chain(rule, ascent.normalize), stateful=sigma > 0)
+
+
+def _vasso(theta: float) -> Rules:
+    return Rules(ascent=chain(ascent.smoothed(theta), ascent.normalize), stateful=theta < 1)
+
+
+def _looksam(k: int, alpha: float, first: Rule = ascent.normalize) -> Rules:
+    return Rules(
+        first, descent.keep_orthogonal, keeps_gradient=True, period=k, reuse=descent.look(alpha), stateful=True
+    )
+
+
+def _look_layersam(k: int, alpha: float, layer_scale: str) -> Rules:
+    return _looksam(k, alpha, ascent.layerwise(by_weight=layer_scale == "weight"))
+
+
+def _gsam(alpha: float) -> Rules:
+    return Rules(ascent.normalize, descent.less_of_what_is_orthogonal(alpha), keeps_gradient=True)
+
+
+def _wsam(gamma: float) -> Rules:
+    return Rules(ascent.normalize, descent.weighted(gamma / (1 - gamma)), keeps_gradient=True)
+
+
+def _momentum_sam(momentum: float) -> Rules:
+    return Rules(period=0, reuse=descent.remember(momentum), anticipate=ascent.anticipation, stateful=True)
+
+
+K = {"k": Option(5, "k: a second pass every k-th step (reported for the paper)", 1)}
+ALPHA = {"alpha": Option(0.1, "α: share of g_v in the steps between; the paper's 0.7 diverged in re-runs", 0.0)}
+
+
 _TABLE = (
     Method(
         "ssam",
@@ -111,6 +164,86 @@ _TABLE = (
         0.5,
         papers.ASAM,
         {**ETA, **WEIGHTS_ONLY, **RENORMALIZE},
+    ),
+    Method(
+        "friendly_sam",
+        "Friendly SAM: the gradient at w + ρ q/‖q‖ with q = g − σ m, m a moving average of the gradients.",
+        _friendly_sam,
+        0.05,
+        papers.FRIENDLY_SAM,
+        {
+            "sigma": Option(1.0, "σ: how much of the average is taken out; 0 is SAM (official code)", 0.0),
+            "lam": Option(0.9, "λ: weight of the past in the average (official code)", 0.0, 0.9999),
+            "ema_order": Option("code", "whether m is updated after q (`code`) or before", choices=("code", "paper")),
+            **RENORMALIZE,
+        },
+    ),
+    Method(
+        "looksam",
+        "LookSAM: SAM every k-th step; between, d = g + α (‖g‖/‖g_v‖) g_v, with g_v what SAM's had orthogonal to g.",
+        _looksam,
+        0.05,
+        papers.LOOKSAM,
+        {**K, **ALPHA, **RENORMALIZE},
+        passes="1 + 1/k",
+    ),
+    Method(
+        "look_layersam",
+        "Look-LayerSAM: LookSAM with a perturbation of its own for each tensor, e_l = ρ ‖w_l‖ g_l/‖g_l‖.",
+        _look_layersam,
+        0.05,
+        papers.LOOKSAM,
+        {
+            **K,
+            **ALPHA,
+            "layer_scale": Option("weight", "e_l = ρ ‖w_l‖ g_l/‖g_l‖; `unit` drops ‖w_l‖", choices=("weight", "unit")),
+            **RENORMALIZE,
+        },
+        passes="1 + 1/k",
+    ),
+    Method(
+        "gsam",
+        "GSAM: d = ĝ − α g⊥, without a share of the part of g that is orthogonal to ĝ.",
+        _gsam,
+        0.05,
+        papers.GSAM,
+        {"alpha": Option(0.4, "α: share of g⊥ taken out; 0 is SAM", 0.0), **RENORMALIZE},
+    ),
+    Method(
+        "wsam",
+        "WSAM, coupled form: d = (1 − κ) g + κ ĝ with κ = γ/(1 − γ).",
+        _wsam,
+        0.05,
+        papers.WSAM,
+        {"gamma": Option(0.9, "γ: 0 is the base optimizer, 0.5 is SAM (official code)", 0.0, 0.99), **RENORMALIZE},
+    ),
+    Method(
+        "vasso",
+        "VaSSO: the gradient at w + ρ d/‖d‖ with d ← (1 − θ) d + θ g.",
+        _vasso,
+        0.2,
+        papers.VASSO,
+        {
+            "theta": Option(0.9, "θ: weight of the new gradient; 1 is SAM (official README)", 0.0, 1.0, True),
+            **RENORMALIZE,
+        },
+    ),
+    Method(
+        "momentum_sam",
+        "Momentum-SAM: one gradient, at w − ρ m/‖m‖ with m a momentum buffer of its own.",
+        _momentum_sam,
+        0.2,
+        papers.MOMENTUM_SAM,
+        {"momentum": Option(0.9, "μ in m ← μ m + g", 0.0, 0.9999)},
+        passes="1",
+    ),
+    Method(
+        "adasam",
+        "AdaSAM: SAM's gradient in an AMSGrad of its own, without bias correction.",
+        _sam,
+        0.05,
+        papers.ADASAM,
+        optimizer=AdaSAM,
     ),
 )
 

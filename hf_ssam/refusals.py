@@ -12,6 +12,8 @@ from torch import nn
 from transformers.trainer_utils import has_length
 from transformers.utils import is_sagemaker_mp_enabled
 
+from .adasam import AdaSAM
+
 _OTHER_SAMPLES = "its training_step picks the next buffered batch, so the second pass would see other samples"
 
 HOSTS = {"GRPOTrainer": _OTHER_SAMPLES, "RLOOTrainer": _OTHER_SAMPLES, "DistillationTrainer": _OTHER_SAMPLES}
@@ -38,6 +40,8 @@ def refuse_optimizer(optimizer: Any) -> None:
     Raises:
         ValueError: if it takes two steps of its own, or is named after SAM.
     """
+    if isinstance(optimizer, AdaSAM):
+        return
     bases = type(optimizer).__mro__
     two_steps = {"first_step", "second_step"} & {attribute for base in bases for attribute in vars(base)}
     if two_steps or any(re.search(r"SAM(?![a-z])", base.__name__) for base in bases):

@@ -1,8 +1,8 @@
 """What a rule is: a pure function of a vector and of the place it is applied at.
 
-`ascent` rules turn the gradient `g` into the direction `u` of the perturbation `e = ρ u`; `descent` rules turn the second
-gradient `ĝ` into the gradient `d` that the optimizer sees. Both are `(v, at) -> v`, so a method is a chain of them and a
-new paper is one more function. A rule keeps nothing itself: what must survive the step goes through `at.memory`.
+`ascent` rules turn the gradient `g` into the direction `u` of the perturbation `e = ρ u`; `descent` rules turn the
+second gradient `ĝ` into the gradient `d` that the optimizer sees. Both are `(v, at) -> v`, so a method is a chain of
+them and a new paper is one more function. A rule keeps nothing itself: what must survive the step goes through `at.memory`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .tensors import Space, Vector
+from .tensors import Space, Vector, added, scaled
+
+PLAIN = "plain"
 
 
 class Memory:
     """The vectors a method keeps between steps, by slot and parameter name.
+
+    The slot `PLAIN` holds tensors that belong to no parameter (flags, per-sample scores), the same on every rank.
 
     Rules read what earlier steps committed and stage what this step leaves; the engine commits once both passes are
     known to be finite, so an overflow leaves the method's state untouched (law 7: the decision stays on the device).
@@ -38,12 +42,23 @@ class Memory:
         return self.slots.get(slot, {})
 
     def stage(self, slot: str, v: Vector) -> None:
-        """Leave `v` (copied, since it may alias a gradient) for the next step."""
-        self._staged[slot] = {n: t.detach().clone() for n, t in v.items()}
+        """Leave `v` for the next step: tensors of the caller's own, since a gradient's storage is written to again."""
+        self._staged[slot] = v
+        filled = {f"{slot}.filled": torch.ones((), dtype=torch.bool, device=t.device) for t in list(v.values())[:1]}
+        self.stage_plain(filled)
 
-    def staged(self, slot: str) -> Vector:
-        """What this step has staged in `slot` so far."""
-        return self._staged.get(slot, {})
+    def stage_plain(self, tensors: Vector) -> None:
+        """Leave tensors that belong to no parameter, by name, for the next step."""
+        self._staged[PLAIN] = {**self._staged.get(PLAIN, {}), **tensors}
+
+    def plain(self, name: str) -> Tensor | None:
+        """The tensor that the last finite step left under `name`; None before the first."""
+        return self.slots.get(PLAIN, {}).get(name)
+
+    def filled(self, slot: str) -> Tensor:
+        """1 where a finite step has filled `slot`, else 0, shape (): until one has, what it holds is zeros (law 7)."""
+        known = self.slots[PLAIN][f"{slot}.filled"]
+        return known.to(torch.float64 if known.device.type == "cpu" else torch.float32)
 
     def commit(self, finite: Tensor) -> None:
         """Accept what was staged where `finite` (bool, shape ()) holds; elsewhere keep what was there (or zeros)."""
@@ -78,7 +93,7 @@ class At:
         g: gradient of the first pass, all trainable parameters; empty in the descent unless the method keeps it.
         grad_norm: `‖g‖` over all trainable parameters, shape ().
         rho: radius ρ of this step.
-        step: how many perturbed steps the method has made before this one.
+        step: how many steps the method has been at work in before this one.
         memory: what the method keeps between steps.
         scale: the factor γ that `descent.renormalize` applied, shape (); 1 elsewhere.
     """
@@ -110,6 +125,25 @@ class At:
 
 
 Rule = Callable[[Vector, At], Vector]
+
+
+def keeps_average(slot: str, new_weight: float) -> Callable[[Vector, At], tuple[Vector, Vector]]:
+    """A moving average `m ← m + new_weight · (v − m)` in `slot`, from the first finite `v` on: exact where `v = m`.
+
+    A parameter whose first gradient comes later starts at that gradient. Returns `(v, at) -> (m before, m after)`;
+    before the first finite `v` the former is zero, and it lacks the names that are new.
+    """
+
+    def update(v: Vector, at: At) -> tuple[Vector, Vector]:
+        before = {n: t for n, t in at.memory.read(slot).items() if n in v}
+        after = {n: t.clone() for n, t in v.items() if n not in before}
+        if before:
+            weight = 1.0 - (1.0 - new_weight) * at.memory.filled(slot)
+            after |= added(before, scaled(added({n: v[n] for n in before}, before, -1.0), weight))
+        at.memory.stage(slot, after)
+        return before, after
+
+    return update
 
 
 def chain(*rules: Rule) -> Rule:

@@ -58,7 +58,11 @@ class SSAMTrainerMixin(HostMixin, LossCountMixin, ResumeMixin, ModelCardMixin):
             self._refuse_what_cannot_work()
 
     def get_optimizer_cls_and_kwargs(self, args: Any, model: nn.Module | None = None) -> tuple[Any, Any]:
-        """The base optimizer's class and arguments."""
+        """The base optimizer's class and arguments; `adasam` brings its own."""
+        own = args.method().optimizer if args.is_sharpness_aware else None
+        if own is not None:
+            betas = (args.adam_beta1, args.adam_beta2)
+            return own, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
         return super().get_optimizer_cls_and_kwargs(args.base_arguments(), model)
 
     def training_step(
@@ -97,11 +101,11 @@ class SSAMTrainerMixin(HostMixin, LossCountMixin, ResumeMixin, ModelCardMixin):
         args = self.args
         args.check_ssam()
         self._refuse_what_cannot_work()
-        varies = args.ascent_interval > 1 or args.ascent_start > 0 or args.ascent_scope != "global"
-        refusals.refuse_static_graph(model, varies)
         self._ascent_start = first_ascent(args.ascent_start, max_steps)
         self._rho_factor = rho_factor(args.rho_scheduler_type, max_steps)
         method = args.method()
+        varies = args.ascent_interval > 1 or args.ascent_start > 0 or args.ascent_scope != "global"
+        refusals.refuse_static_graph(model, varies or method.rules().period != 1)
         self.two_pass = TwoPass(
             model,
             method,

@@ -162,6 +162,11 @@ class SSAMArgumentsMixin:
                 f"base_optim: `{base}` steps inside backward, before the second pass exists; choose another, such as "
                 "adamw_torch or sgd."
             )
+        if self.method().optimizer and (self.base_optim != type(self).base_optim or self.base_optim_args):
+            raise ValueError(
+                f"base_optim: `{base}` cannot be chosen, since {self.optim} brings an optimizer of its own, with "
+                "adam_beta1, adam_beta2 and adam_epsilon; drop base_optim and its args, or use optim=sam with them."
+            )
         for name, choices in (("ascent_scope", SCOPES), ("rho_scheduler_type", RHO_SCHEDULES)):
             if getattr(self, name) not in choices:
                 listed = ", ".join(choices)

@@ -6,8 +6,8 @@
                          w ← the copy taken before, in `finally`
     d = descent(ĝ)       left in `.grad`; the optimizer does the rest and never knows
 
-It knows torch and nothing of the Trainer. `TwoPass.step` is the whole of it for a loop that holds all micro-batches at once; a
-host that hands them over one at a time calls the phases `begin`, `first_pass` (each) and `finish`.
+It knows torch and nothing of the Trainer. `TwoPass.step` is the whole of it for a loop that holds all micro-batches at
+once; a host that hands them over one at a time calls the phases `begin`, `first_pass` (each) and `finish`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .precision import is_low_precision, survival, warn_if_lost
 from .ranks import Ranks
 from .replay import RandomState, Replay
 from .report import StepReport, all_finite, merged
-from .rules import At, Memory
+from .rules import PLAIN, At, Memory
 from .tensors import Snapshot, Space, Vector, local, move, scaled
 
 RunPass = Callable[..., Tensor]
@@ -43,6 +43,7 @@ class Window:
     rng_seen: list[RandomState | None] = field(default_factory=list)
     loss: Tensor | float = 0.0
     share: float | Tensor = 0.0
+    anticipated: Vector = field(default_factory=dict)
 
 
 class TwoPass:
@@ -88,13 +89,19 @@ class TwoPass:
         self.space = Space(trainable(model) if parameters is None else parameters)
         self.perturbed = perturbed_names(model, perturb, self.space.params)
         self.ranks = Ranks(model, scope, self.space)
+        self._rules: Rules = self.method.rules()
+        if self._rules.stateful and scope != "global" and self.ranks.world_size > 1:
+            raise ValueError(
+                f"ascent_scope: under `{scope}` every rank would keep its own state of method `{self.method.name}`, and "
+                "they would drift apart; choose ascent_scope=global, or a method without state such as ssam."
+            )
         self.offload_snapshot = offload_snapshot
         self.steps = 0
-        self._rules: Rules = self.method.rules()
         self._memory = Memory()
         self._replay = Replay(unwrapped(model), replay_rng)
         self._window: Window | None = None
         self._reports: list[StepReport] = []
+        self._at_work = False
         self._survival_known = not is_low_precision([self.space.params[n] for n in self.perturbed])
 
     @property
@@ -136,6 +143,7 @@ class TwoPass:
     def begin(self, loss_scale: float | Tensor | None = None) -> None:
         """Open a step. `.grad` is None, or zero, on entry."""
         self._reports = []
+        self._at_work = False
         self._memory.begin()
         self._window = self._new_window(loss_scale)
 
@@ -144,8 +152,8 @@ class TwoPass:
 
         Args:
             run: `() -> loss`.
-            share: the weight its mean loss has in the batch loss; under `rank` and `micro_batch` it is undone before the
-                ascent, so that `e = ρ g` has the length it would have alone.
+            share: the weight its mean loss has in the batch loss; under `rank` and `micro_batch` it is undone before
+                the ascent, so that `e = ρ g` has the length it would have alone.
 
         Returns:
             The loss, detached.
@@ -166,7 +174,7 @@ class TwoPass:
             reports = self._reports or [self._close(self._window)]
             self.ranks.average()
         self._window = None
-        self.steps += any(r.perturbation_norm is not None for r in reports)
+        self.steps += self._at_work
         report = merged(reports)
         self._memory.end(~report.skipped, len(reports))
         return report
@@ -174,7 +182,8 @@ class TwoPass:
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart: tensors by slot and parameter name, sharded as the parameters are."""
         memory = {
-            slot: {n: self.space.globalized(n, t) for n, t in v.items()} for slot, v in self._memory.slots.items()
+            slot: dict(v) if slot == PLAIN else {n: self.space.globalized(n, t) for n, t in v.items()}
+            for slot, v in self._memory.slots.items()
         }
         return {"method": self.method.name, "steps": self.steps, "memory": memory}
 
@@ -184,25 +193,40 @@ class TwoPass:
         Raises:
             ValueError: if it names parameters that this model does not train.
         """
-        unknown = sorted({n for v in state["memory"].values() for n in v} - set(self.space.params))
+        plain = {PLAIN: {n: t.to(self._device) for n, t in state["memory"].get(PLAIN, {}).items()}}
+        vectors = {slot: v for slot, v in state["memory"].items() if slot != PLAIN}
+        unknown = sorted({n for v in vectors.values() for n in v} - set(self.space.params))
         if unknown:
             raise ValueError(
                 f"state: it holds vectors for `{unknown[0]}` and {len(unknown) - 1} more that this model does not "
                 "train; resume with the model that the state was saved with, or start a new run."
             )
         self.steps = state["steps"]
-        self._memory.slots = {
-            slot: {n: self.space.localized(n, t) for n, t in v.items()} for slot, v in state["memory"].items()
+        self._memory.slots = plain | {
+            slot: {n: self.space.localized(n, t) for n, t in v.items()} for slot, v in vectors.items()
         }
 
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.space.params.values())).device
+
     def _new_window(self, loss_scale: float | Tensor | None) -> Window:
-        return Window(self._replay.saw_buffers(), self.ranks.buffers_due, loss_scale)
+        return Window(self._replay.saw_buffers(), self.ranks.buffers_due, loss_scale, anticipated=self._anticipated())
+
+    def _anticipated(self) -> Vector:
+        """Where the first pass is moved to, from memory alone; nothing for most methods."""
+        if self._rules.anticipate is None or self.rho == 0:
+            return {}
+        w = self.space.weights(self.perturbed)
+        at = At(self.space, w, {}, torch.zeros(()), self.rho, self.steps, self._memory)
+        return self._rules.anticipate({}, at)
 
     def _first(self, window: Window, run: RunPass, share: float | Tensor) -> Tensor:
         window.runs.append(run)
         window.rng_seen.append(self._replay.saw_rng())
         window.share = window.share + share
-        loss = self._run(run)
+        with self._moved(window.anticipated):
+            loss = self._run(run)
         window.loss = window.loss + loss
         return loss
 
@@ -220,6 +244,11 @@ class TwoPass:
             return StepReport(window.loss, grad_norm, ~self.ranks.agreed(all_finite(window.loss, grad_norm)))
         targets = g if len(targets) == len(g) else targets
         at = At(self.space, self.space.weights(targets), g, grad_norm, self.rho, self.steps, self._memory)
+        self._at_work = True
+        if not self._rules.ascends(self.steps):
+            return self._close_with_one(window, g, at, unit)
+        if self._rules.keeps_gradient and self.ranks.overwrites_gradients:
+            at.g = {n: t.clone() for n, t in g.items()}
         u = self._rules.ascent(targets, at)
         at.release(keep_gradient=self._rules.keeps_gradient)
         del g, targets
@@ -235,17 +264,34 @@ class TwoPass:
         )
 
     def _second(self, window: Window, u: Vector) -> Tensor:
-        """Run the window at `w + ρ u`; the weights come back by copy, whatever happens."""
+        """Run the window at `w + ρ u`."""
+        with self._moved(u):
+            self.space.clear_grads()
+            self.ranks.buffers_due = window.buffers_due
+            with self._replay.rewound(window.buffers_seen):
+                return sum(self._replayed(run, rng) for run, rng in zip(window.runs, window.rng_seen, strict=True))
+
+    def _close_with_one(self, window: Window, g: Vector, at: At, unit: float | Tensor) -> StepReport:
+        """The second half of a window that takes no second pass."""
+        finite = self.ranks.agreed(all_finite(window.loss, at.grad_norm))
+        self._hand_on(g, self._rules.reuse(g, at), unit, window, finite)
+        self._memory.commit(finite)
+        moved = None if self._rules.anticipate is None else self.rho * self.space.norm(window.anticipated)
+        return StepReport(window.loss, at.grad_norm, ~finite, perturbation_norm=moved, scale=at.scale)
+
+    @contextlib.contextmanager
+    def _moved(self, u: Vector) -> Iterator[None]:
+        """The weights at `w + ρ u`; they come back by copy, whatever happens."""
+        if not u:
+            yield
+            return
         w = self.space.weights(u)
         snapshot = Snapshot(w.values(), self.offload_snapshot)
         try:
             move(w, u, self.rho)
             torch.clear_autocast_cache()  # one autocast context around both passes would show the second stale casts
             self._check_survival(w, snapshot, u)
-            self.space.clear_grads()
-            self.ranks.buffers_due = window.buffers_due
-            with self._replay.rewound(window.buffers_seen):
-                return sum(self._replayed(run, rng) for run, rng in zip(window.runs, window.rng_seen, strict=True))
+            yield
         finally:
             snapshot.restore()
             torch.clear_autocast_cache()

@@ -25,7 +25,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_ssam import SSAMTrainer, SSAMTrainingArguments
+from hf_ssam import METHODS, SSAMTrainer, SSAMTrainingArguments
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,27 @@ CASES = (
     Case("usam"),
     Case("asam", rho=0.5),
     Case("asam", {"weights_only": True, "eta": 0.05}, rho=0.5),
+    Case("friendly_sam"),
+    Case("friendly_sam", {"sigma": 0.6, "lam": 0.5, "ema_order": "paper"}),
+    Case("friendly_sam", {"sigma": 0.6, "renormalize": True}),
+    Case("looksam", {"k": 2}),
+    Case("looksam", {"k": 3, "alpha": 0.5, "renormalize": True}),
+    Case("look_layersam", {"k": 2}),
+    Case("look_layersam", {"k": 2, "layer_scale": "unit"}),
+    Case("gsam"),
+    Case("wsam", {"gamma": 0.6}),
+    Case("wsam", {"gamma": 0.7, "renormalize": True}),
+    Case("vasso", {"theta": 0.4}),
 )
 
-MAIN_CASES = tuple(c for c in CASES if not c.options)
-"""One plain case a method, for what is too slow to run for all."""
+ONE_PASS_CASES = (Case("momentum_sam"), Case("momentum_sam", {"momentum": 0.5}))
+"""Methods that never take a second pass, for the tests that do not ask for one."""
+
+OWN_OPTIMIZER_CASES = (Case("adasam"),)
+"""Methods that bring their base optimizer, for the tests that do not choose one."""
+
+MAIN_CASES = tuple({c.method: c for c in reversed(CASES)}.values())[::-1]
+"""The first case of each method, for what is too slow to run for all."""
 
 
 def bert(dropout: float = 0.1, labels: int = 3, seed: int = 1) -> BertForSequenceClassification:
@@ -157,9 +174,8 @@ def arguments(cls: type = SSAMTrainingArguments, **given: Any) -> TrainingArgume
 
 def case_arguments(case: Case, **given: Any) -> SSAMTrainingArguments:
     """`arguments` for a method's case, over plain SGD unless `given` otherwise."""
-    return arguments(
-        **{"optim": case.method, "optim_args": case.optim_args, "rho": case.rho, "base_optim": "sgd", **given}
-    )
+    base = {} if METHODS[case.method].optimizer else {"base_optim": "sgd"}
+    return arguments(**{"optim": case.method, "optim_args": case.optim_args, "rho": case.rho, **base, **given})
 
 
 def trained(model: nn.Module, args: TrainingArguments, data: list, cls: type = SSAMTrainer, **given: Any) -> Trainer:

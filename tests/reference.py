@@ -1,7 +1,7 @@
 """Each method the slow way: float64, one flat vector, straight from its equation. Nothing of hf_ssam is used here.
 
-A reference is `(g, w, state, **options) -> d` on flat vectors: `w` the weights, `g(w)` the gradient there as a function, `state` a
-dictionary it may keep. Options have the names and defaults of the table.
+A reference is `(g, w, state, **options) -> d` on flat vectors: `w` the weights, `g(w)` the gradient there as a function,
+`state` a dictionary it may keep. Options have the names and defaults of the table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def _renormalized(g: Tensor, d: Tensor, max_scale: float) -> Tensor:
     return min(max_scale, (g.norm() / (d.norm() + 1e-12)).item()) * d
 
 
-def ssam(gradient: Gradient, w: Tensor, state: dict, rho: float, *, is_weight: Tensor | None = None, **o: Any) -> Tensor:
+def ssam(
+    gradient: Gradient, w: Tensor, state: dict, rho: float, *, is_weight: Tensor | None = None, **o: Any
+) -> Tensor:
     """SAM, USAM, ASAM and their renormalised forms, told apart by their options."""
     g = gradient(w)
     metric = torch.ones_like(w)
@@ -41,11 +43,102 @@ def _preset(**preset: Any) -> Callable[..., Tensor]:
     return lambda gradient, w, state, rho, **options: ssam(gradient, w, state, rho, **{**preset, **options})
 
 
+def _descended(d: Tensor, g: Tensor, o: Mapping[str, Any]) -> Tensor:
+    return _renormalized(g, d, o.get("max_scale", math.inf)) if o.get("renormalize") else d
+
+
+def _unit(v: Tensor) -> Tensor:
+    return v / (v.norm() + 1e-12)
+
+
+def friendly_sam(gradient: Gradient, w: Tensor, state: dict, rho: float, **o: Any) -> Tensor:
+    """ALGORITHMS.md 3: q = g − σ m before or after m is updated; the first step perturbs along g."""
+    sigma, lam = o.get("sigma", 1.0), o.get("lam", 0.9)
+    g = gradient(w)
+    if "m" not in state:
+        q = state["m"] = g
+    else:
+        after = lam * state["m"] + (1 - lam) * g
+        q = g - sigma * (after if o.get("ema_order") == "paper" else state["m"])
+        state["m"] = after
+    return _descended(gradient(w + rho * _unit(q)), g, o)
+
+
+def vasso(gradient: Gradient, w: Tensor, state: dict, rho: float, *, theta: float = 0.9, **o: Any) -> Tensor:
+    """ALGORITHMS.md 12."""
+    g = gradient(w)
+    state["d"] = (1 - theta) * state["d"] + theta * g if "d" in state else g
+    return _descended(gradient(w + rho * _unit(state["d"])), g, o)
+
+
+def looksam(
+    gradient: Gradient,
+    w: Tensor,
+    state: dict,
+    rho: float,
+    *,
+    k: int = 5,
+    alpha: float = 0.1,
+    ascent: Any = None,
+    **o: Any,
+) -> Tensor:
+    """ALGORITHMS.md 9, with global norms."""
+    t = state["t"] = state.get("t", -1) + 1
+    g = gradient(w)
+    if t % k:
+        return _descended(g + alpha * g.norm() * _unit(state["gv"]), g, o)
+    u = _unit(g) if ascent is None else ascent(g, w)
+    d = gradient(w + rho * u)
+    state["gv"] = d - (d @ g) / (g @ g) * g
+    return _descended(d, g, o)
+
+
+def look_layersam(gradient: Gradient, w: Tensor, state: dict, rho: float, *, sizes: list[int], **o: Any) -> Tensor:
+    """The same with e_l = ρ ‖w_l‖ g_l/‖g_l‖, or without ‖w_l‖; `sizes` are the tensors' numbers of entries."""
+    by_weight = o.get("layer_scale", "weight") == "weight"
+
+    def ascent(g: Tensor, w: Tensor) -> Tensor:
+        layers = zip(g.split(sizes), w.split(sizes), strict=True)
+        return torch.cat([_unit(g_l) * (w_l.norm() if by_weight else 1.0) for g_l, w_l in layers])
+
+    return looksam(gradient, w, state, rho, ascent=ascent, **o)
+
+
+def gsam(gradient: Gradient, w: Tensor, state: dict, rho: float, *, alpha: float = 0.4, **o: Any) -> Tensor:
+    """ALGORITHMS.md 12: d = ĝ − α g⊥."""
+    g = gradient(w)
+    second = gradient(w + rho * _unit(g))
+    return _descended(second - alpha * (g - (g @ second) / (second @ second) * second), g, o)
+
+
+def wsam(gradient: Gradient, w: Tensor, state: dict, rho: float, *, gamma: float = 0.9, **o: Any) -> Tensor:
+    """ALGORITHMS.md 12, coupled."""
+    kappa = gamma / (1 - gamma)
+    g = gradient(w)
+    return _descended((1 - kappa) * g + kappa * gradient(w + rho * _unit(g)), g, o)
+
+
+def momentum_sam(gradient: Gradient, w: Tensor, state: dict, rho: float, *, momentum: float = 0.9, **o: Any) -> Tensor:
+    """ALGORITHMS.md 12: the gradient at w − ρ v/‖v‖, v = μ v + g."""
+    v = state.get("v", torch.zeros_like(w))
+    g = gradient(w - rho * _unit(v))
+    state["v"] = momentum * v + g
+    return g
+
+
 REFERENCES: Mapping[str, Callable[..., Tensor]] = {
     "ssam": _preset(renormalize=True),
     "sam": _preset(),
     "usam": _preset(normalize=False),
     "asam": _preset(adaptive=True),
+    "friendly_sam": friendly_sam,
+    "looksam": looksam,
+    "look_layersam": look_layersam,
+    "gsam": gsam,
+    "wsam": wsam,
+    "vasso": vasso,
+    "momentum_sam": momentum_sam,
+    "adasam": _preset(),
 }
 
 
@@ -80,11 +173,12 @@ def weight_mask(model: nn.Module) -> Tensor:
     return flat(torch.full_like(p, float(n.endswith("weight"))) for n, p in named).bool()
 
 
-def sgd(method: str, model: nn.Module, losses: list[Callable[[], Tensor]], rho: float, lr: float, **options: Any) -> Tensor:
+def sgd(
+    method: str, model: nn.Module, losses: list[Callable[[], Tensor]], rho: float, lr: float, **options: Any
+) -> Tensor:
     """The weights after plain SGD along the method's gradient, one step for each loss."""
     w, state = flat(p for p in model.parameters() if p.requires_grad), {}
+    layout = {"is_weight": weight_mask(model), "sizes": [p.numel() for p in model.parameters() if p.requires_grad]}
     for loss in losses:
-        w = w - lr * REFERENCES[method](
-            gradient_of(model, loss), w, state, rho, is_weight=weight_mask(model), **options
-        )
+        w = w - lr * REFERENCES[method](gradient_of(model, loss), w, state, rho, **layout, **options)
     return w

@@ -1,0 +1,201 @@
+"""The table: every row builds, every option is checked, and each method reduces to the simpler one bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_ssam import METHODS, TwoPass, get_method
+from tests import reference
+from tests.cases import (
+    CASES,
+    ONE_PASS_CASES,
+    Case,
+    arguments,
+    assert_identical,
+    bert,
+    case_arguments,
+    text_data,
+    trained,
+    weights,
+)
+from tests.test_two_pass import backward_of, loss_of, regression, sgd_with_engine
+
+REDUCTIONS = [
+    ("friendly_sam", {"sigma": 0.0}, "sam"),
+    ("vasso", {"theta": 1.0}, "sam"),
+    ("looksam", {"k": 1}, "sam"),
+    ("gsam", {"alpha": 0.0}, "sam"),
+    ("wsam", {"gamma": 0.5}, "sam"),
+    ("wsam", {"gamma": 0.0}, "plain"),
+    ("sam", {"renormalize": True}, "ssam"),
+    ("usam", {"renormalize": True}, "ssam-usam"),
+]
+TARGETS = {
+    "sam": ("sam", 0.1, {}),
+    "ssam": ("ssam", 0.1, {}),
+    "plain": ("sam", 0.0, {}),
+    "ssam-usam": ("ssam", 0.1, {"normalize": False}),
+}
+
+
+def after_ten_steps(method: str, rho: float, options: dict) -> dict:
+    model, batches = regression()
+    sgd_with_engine(model, TwoPass(model, method, rho, **options), batches, lr=0.1)
+    return weights(model)
+
+
+@pytest.mark.parametrize(("method", "options", "target"), REDUCTIONS)
+def test_a_method_reduces_to_the_simpler_one_bit_for_bit(method, options, target):
+    assert_identical(after_ten_steps(method, 0.1, options), after_ten_steps(*TARGETS[target]))
+
+
+@pytest.mark.parametrize("case", (*CASES, *ONE_PASS_CASES), ids=lambda case: case.id)
+def test_without_a_radius_a_method_is_one_plain_pass_and_keeps_nothing(case: Case):
+    if case.method == "adasam":
+        assert METHODS["adasam"].optimizer is not None
+    model, batches = regression()
+    engine = TwoPass(model, case.method, 0.0, **case.options)
+    reports = sgd_with_engine(model, engine, batches, lr=0.1)
+    assert_identical(weights(model), after_ten_steps("sam", 0.0, {}))
+    assert {r.passes for r in reports} == {1.0}
+    assert engine.steps == 0 and engine.state_dict()["memory"] == {}
+
+
+@pytest.mark.parametrize("case", (*CASES, *ONE_PASS_CASES), ids=lambda case: case.id)
+def test_a_restored_state_goes_on_bit_for_bit(case: Case):
+    model, batches = regression()
+    engine = TwoPass(model, case.method, case.rho, **case.options)
+    sgd_with_engine(model, engine, batches[:5], lr=0.1)
+    again, _ = regression()
+    again.load_state_dict(model.state_dict())
+    resumed = TwoPass(again, case.method, case.rho, **case.options)
+    resumed.load_state_dict(engine.state_dict())
+    sgd_with_engine(model, engine, batches[5:], lr=0.1)
+    sgd_with_engine(again, resumed, batches[5:], lr=0.1)
+    assert_identical(weights(model), weights(again))
+
+
+@pytest.mark.parametrize("case", (*CASES, *ONE_PASS_CASES), ids=lambda case: case.id)
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_an_overflow_leaves_the_state_as_if_the_step_had_not_been(case: Case, at):
+    def state_after(overflow: bool) -> dict:
+        model, batches = regression()
+        engine = TwoPass(model, case.method, case.rho, **case.options)
+        for step, batch in enumerate(batches[:4]):
+            if overflow and step == at:
+                steps = engine.steps
+                bad = (batch[0] * float("inf"), batch[1])
+                assert engine.step(backward_of(model, bad)).skipped
+                model.zero_grad()
+                engine.steps = steps
+            engine.step(backward_of(model, batch))
+            model.zero_grad()
+        return engine.state_dict()["memory"]
+
+    clean, survived = state_after(False), state_after(True)
+    assert clean.keys() == survived.keys()
+    for slot in clean:
+        assert_identical(clean[slot], survived[slot])
+
+
+def test_the_one_pass_methods_follow_their_references():
+    for case in ONE_PASS_CASES:
+        model, batches = regression()
+        expected_model, _ = regression()
+        losses = [lambda b=batch, m=expected_model: loss_of(m, b) for batch in batches]
+        expected = reference.sgd(case.method, expected_model, losses, case.rho, lr=0.1, **case.options)
+        reports = sgd_with_engine(model, TwoPass(model, case.method, case.rho, **case.options), batches, lr=0.1)
+        torch.testing.assert_close(reference.flat(model.parameters()), expected, rtol=1e-10, atol=1e-13)
+        assert {r.passes for r in reports} == {1.0}
+        assert reports[0].perturbation_norm == 0
+        torch.testing.assert_close(reports[1].perturbation_norm, torch.tensor(case.rho).double())
+
+
+def passes_counted(case: Case, steps: int) -> tuple[int, float]:
+    model, batches = regression()
+    calls = []
+
+    def counted(batch):
+        run = backward_of(model, batch)
+        return lambda: (calls.append(1), run())[1]
+
+    engine = TwoPass(model, case.method, case.rho, **case.options)
+    passes = 0.0
+    for batch in batches[:steps]:
+        passes += engine.step(counted(batch)).passes
+        model.zero_grad()
+    return len(calls), passes
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (Case("sam"), 20),
+        (Case("looksam", {"k": 5}), 12),
+        (Case("looksam", {"k": 2}), 15),
+        (Case("look_layersam", {"k": 5}), 12),
+        (Case("momentum_sam"), 10),
+    ],
+    ids=lambda value: value.id if isinstance(value, Case) else str(value),
+)
+def test_passes_are_what_the_formula_says(case: Case, expected):
+    """LookSAM: (1 + 1/k) passes a step; Momentum-SAM: one."""
+    assert passes_counted(case, 10) == (expected, expected)
+
+
+def test_one_pass_weights_come_back_when_the_pass_fails():
+    model, batches = regression()
+    engine = TwoPass(model, "momentum_sam", 0.5)
+    engine.step(backward_of(model, batches[0]))
+    model.zero_grad()
+    before = weights(model)
+
+    def fails():
+        assert not torch.equal(model[0].weight, before["0.weight"])
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.step(fails)
+    assert_identical(before, weights(model))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("looksam", {"k": 0}, "k=0 is not allowed for method `looksam`; choose an integer from 1"),
+        ("looksam", {"alpha": -1}, "alpha=-1 is not allowed"),
+        ("friendly_sam", {"lam": 1.0}, "lam=1.0 is not allowed"),
+        ("friendly_sam", {"ema_order": "both"}, "choose one of code, paper"),
+        ("vasso", {"theta": 0.0}, "theta=0.0 is not allowed for method `vasso`; choose a number above 0 up to 1"),
+        ("wsam", {"gamma": 1.0}, "gamma=1.0 is not allowed"),
+        ("momentum_sam", {"renormalize": True}, "method `momentum_sam` has no option `renormalize`"),
+        ("adasam", {"renormalize": True}, "method `adasam` has no option `renormalize`"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        get_method(method, **options)
+
+
+def test_the_trainer_refuses_an_optimizer_under_adasam():
+    with pytest.raises(
+        ValueError, match="base_optim: `sgd` cannot be chosen, since adasam brings an optimizer of its own"
+    ):
+        arguments(optim="adasam", base_optim="sgd")
+    with pytest.raises(ValueError, match="drop base_optim and its args"):
+        arguments(optim="adasam", base_optim_args="fused=True")
+
+
+def test_every_paper_can_be_cited():
+    for method in METHODS.values():
+        assert method.paper.title and method.paper.authors and method.paper.arxiv in method.paper.bibtex
+
+
+@pytest.mark.parametrize("case", ONE_PASS_CASES, ids=lambda case: case.id)
+def test_the_trainer_logs_what_a_one_pass_method_cost(case: Case):
+    trainer = trained(bert(0.0), case_arguments(case, max_steps=4, gradient_accumulation_steps=2), text_data())
+    last = trainer.state.log_history[-1]
+    assert last["ssam/total_passes"] == 4
+    plain = trained(bert(0.0), case_arguments(case, rho=0.0, max_steps=4, gradient_accumulation_steps=2), text_data())
+    assert trainer.state.total_flos == plain.state.total_flos
