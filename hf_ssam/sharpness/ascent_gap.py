@@ -2,9 +2,10 @@
 
     max_{‖T⁻¹e‖ ≤ ρ} L(w + e) − L(w)         T = 1, or T = |w| + η for the adaptive ball (ASAM, arXiv 2102.11600)
 
-SAM replaces the maximum by one step of ascent, `e = ρ T²g/‖Tg‖`; so does this, and takes more steps where asked for.
-m-sharpness (Foret et al. 2021, arXiv 2010.01412, section 4.1) averages the rise over shards of m rows, each with a
-perturbation of its own.
+SAM replaces the maximum by that of the linearised loss, `e = ρ T²g/‖Tg‖`, and so does this. More steps linearise
+again at the last `w + e`: the conditional gradient method with steps of length 1, which climbs as long as the loss is
+convex. m-sharpness (Foret et al. 2021, arXiv 2010.01412, section 4.1) averages the rise over shards of m rows, each
+with a perturbation of its own.
 """
 
 from __future__ import annotations
@@ -16,11 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .objective import Objective
+from .objective import Objective, length
 from .probe import Batches, split_rows
-
-STEP = 2.5
-"""Length of a step of projected ascent is `STEP ρ / steps`, the habit of adversarial training."""
 
 
 @dataclass(frozen=True)
@@ -101,24 +99,16 @@ def _shards(objective: Objective, m: int | None) -> Iterator[tuple[Objective, fl
 
 
 def _highest(shard: Objective, rho: float, metric: Tensor | None, steps: int) -> float:
-    """Highest loss met on the way up, at the last step or before."""
-    offset, length = None, rho if steps == 1 else STEP * rho / steps
-    highest = -float("inf")
+    """Highest loss met at a perturbation of full length, each in the direction of the gradient at the one before."""
+    offset, highest = None, -float("inf")
     for _ in range(steps):
-        up = _direction(shard.gradient(offset), metric).mul_(length)
-        offset = _projected(up if offset is None else offset.add_(up), rho, metric)
+        offset = _direction(shard.gradient(offset), metric).mul_(rho)
         highest = max(highest, shard.value(offset))
     return highest
 
 
 def _direction(g: Tensor, metric: Tensor | None) -> Tensor:
-    """`T²g/‖Tg‖`, of length 1 in the ball's norm; zero where the gradient is."""
+    """`T²g/‖Tg‖`, which maximises `⟨g, e⟩` over the ball of radius 1; zero where the gradient is."""
     scaled = g if metric is None else g * metric
-    unit = scaled / scaled.norm().clamp_min(torch.finfo(g.dtype).tiny)
+    unit = scaled / length(scaled).clamp_min(torch.finfo(g.dtype).tiny)
     return unit if metric is None else unit * metric
-
-
-def _projected(offset: Tensor, rho: float, metric: Tensor | None) -> Tensor:
-    # T = 0 (η = 0 at a zero weight) leaves e = 0 there, and 0/0 has to count as 0.
-    norm = (offset if metric is None else torch.nan_to_num(offset / metric, nan=0.0)).norm()
-    return offset * torch.clamp(rho / norm, max=1.0) if norm > 0 else offset

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _WAY_OUT = "load the model with attn_implementation='eager' or 'sdpa', or replace the layer that calls it"
 
@@ -13,24 +16,28 @@ _NAMED = (
     r"[Dd]ouble backwards? is not supported for ([\w ]+?)(?: due| when|\.|,|$)",
     r"([\w.]+) (?:with aot_autograd )?does not (?:currently )?support double backward",
 )
-_ONCE = "once_differentiable"
 
 
-def unsupported(error: RuntimeError, loss: Tensor) -> NotImplementedError | None:
-    """The error to raise instead of `error`, or None where `error` is about something else.
+def refuse_once_differentiable(loss: Tensor) -> None:
+    """Refuse Python autograd functions whose backward is marked `once_differentiable`.
 
-    Args:
-        error: what autograd raised while the gradient of `loss` was differentiated.
-        loss: the scalar whose graph is searched for functions marked `once_differentiable`, which autograd's own
-            message does not name.
+    Autograd itself refuses them only where the incoming gradient depends on the weights; elsewhere, such as right
+    under a mean, it takes their derivative for constant and the Hessian would silently be wrong.
+
+    Raises:
+        NotImplementedError: if the graph of `loss` holds one; it is named.
     """
-    message = str(error)
+    names = {f.__name__ for f in _functions(loss) if _is_once_differentiable(f.backward)}
+    if names:
+        raise _sentence(", ".join(sorted(names)))
+
+
+def unsupported(error: RuntimeError) -> NotImplementedError | None:
+    """The error to raise instead of `error`, what autograd said; None where it is about something else."""
     for pattern in _NAMED:
-        found = re.search(pattern, message)
+        found = re.search(pattern, str(error))
         if found:
             return _sentence(found.group(1))
-    if _ONCE in message:
-        return _sentence(", ".join(sorted(_once_differentiable(loss))) or "a custom autograd function")
     return None
 
 
@@ -38,16 +45,23 @@ def _sentence(name: str) -> NotImplementedError:
     return NotImplementedError(f"model: `{name}` has no double backward, so the Hessian cannot be taken; {_WAY_OUT}.")
 
 
-def _once_differentiable(loss: Tensor) -> set[str]:
-    """Names of the Python autograd functions under `loss` whose backward `once_differentiable` has wrapped."""
-    seen, names, stack = set(), set(), [loss.grad_fn]
+def _functions(loss: Tensor) -> set[type]:
+    """The Python autograd functions in the graph of `loss`."""
+    seen, functions, stack = set(), set(), [loss.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         stack.extend(following for following, _ in node.next_functions)
-        function = getattr(node, "_forward_cls", None)
-        if function is not None and hasattr(function.backward, "__wrapped__"):
-            names.add(function.__name__)
-    return names
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            functions.add(node._forward_cls)
+    return functions
+
+
+def _is_once_differentiable(backward: Callable) -> bool:
+    while hasattr(backward, "__wrapped__"):
+        if backward.__globals__["__name__"] == once_differentiable.__module__:
+            return True
+        backward = backward.__wrapped__
+    return False

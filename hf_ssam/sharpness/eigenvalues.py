@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..tensors import Vector
 from .lanczos import BASIS_ELEMENTS, lanczos
-from .objective import Objective
+from .objective import Objective, length
 from .probe import Batches
 
 
@@ -183,7 +183,7 @@ def _ritz_vector(objective: Objective, start: Tensor, ritz: np.ndarray) -> Tenso
     out = torch.zeros_like(start)
     for coefficient, (q, _) in zip(ritz, lanczos(objective, start), strict=False):
         out.add_(q, alpha=float(coefficient))
-    return out.div_(out.norm())
+    return out.div_(length(out))
 
 
 def unit_vectors(objective: Objective):

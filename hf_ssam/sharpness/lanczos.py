@@ -18,7 +18,7 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from .objective import Objective
+from .objective import Objective, length
 
 BASIS_ELEMENTS = 2**26
 """A basis is kept up to this many numbers (512 MiB in float64)."""
@@ -60,7 +60,7 @@ def lanczos(objective: Objective, start: Tensor, basis: list[Tensor] | None = No
         q_j, valid until the next one is asked for, and T, which grows.
     """
     t, beta = Tridiagonal(), 0.0
-    q, out = start.div_(start.norm()), torch.zeros_like(start)
+    q, out = start.div_(length(start)), torch.zeros_like(start)
     while True:
         objective.add_product(q, out.mul_(-beta))
         alpha = torch.dot(q, out)
@@ -68,7 +68,7 @@ def lanczos(objective: Objective, start: Tensor, basis: list[Tensor] | None = No
         if basis is not None:
             basis.append(q.clone())
             _orthogonalize(out, basis)
-        beta = out.norm().item()
+        beta = length(out).item()
         t.alphas.append(alpha.item())
         t.betas.append(beta)
         yield q, t

@@ -65,9 +65,9 @@ def _filter_normalized(w: Tensor, generator: torch.Generator) -> Tensor:
     d = torch.randn(w.shape, generator=generator).to(w.device)
     if w.ndim < 2:
         return torch.zeros_like(w)
-    dims = tuple(range(1, w.ndim))
-    tiny = torch.finfo(w.dtype).tiny
-    return d * (w.norm(dim=dims, keepdim=True) / d.norm(dim=dims, keepdim=True).clamp_min(tiny))
+    lengths = [torch.linalg.vector_norm(t.flatten(1), dim=1) for t in (w, d)]
+    ratio = lengths[0] / lengths[1].clamp_min(torch.finfo(w.dtype).tiny)
+    return d * ratio.view(-1, *[1] * (w.ndim - 1))
 
 
 def loss_line(model: nn.Module, batches: Batches, direction: Vector, distances: Sequence[float], **probe: Any) -> Line:

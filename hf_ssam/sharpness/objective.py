@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,8 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from ..replay import Replay
-from ..tensors import Vector, accumulation_dtype
-from .double_backward import unsupported
+from ..tensors import Vector
+from .double_backward import refuse_once_differentiable, unsupported
 from .measured import LossFunction, LossModule, model_loss, selected, without_autocast
 from .probe import Batch, Batches, as_batches, count_items, moved
 
@@ -43,6 +44,7 @@ class Objective:
             mode).
         parameters: which weights the curvature is taken in: None for those with `requires_grad`, otherwise a regular
             expression searched for in the name of every floating weight, frozen or not (`"lora"`, `r"layer\\.3\\."`).
+            The row that an embedding's `padding_idx` keeps from its gradient counts as frozen: its curvature is 0.
         train_mode: differentiate the model as it trains (dropout, batch statistics) instead of as it evaluates.
         loss: `(model, batch) -> scalar`, a mean over the batch's items; default `model(**batch).loss`. A trainer's
             `compute_loss` is one. It may change the dictionary that it gets, not the tensors.
@@ -79,7 +81,9 @@ class Objective:
         self.model = extract_model_from_parallel(model, keep_torch_compile=False)
         self.params = selected(self.model, parameters)
         self.train_mode = train_mode
-        self.dtype = dtype or accumulation_dtype(self.params.values())
+        self.dtype = dtype or functools.reduce(
+            torch.promote_types, {p.dtype for p in self.params.values()}, torch.float32
+        )
         self.device = next(iter(self.params.values())).device
         self.distributed = _several() if distributed is None else distributed and _several()
         self.size = sum(p.numel() for p in self.params.values())
@@ -132,6 +136,8 @@ class Objective:
         directions, parts = self.split(vector), self.split(out)
 
         def visit(loss: Tensor, leaves: list[Tensor], share: float) -> None:
+            if self.products == 1:
+                refuse_once_differentiable(loss)
             _accumulate(parts, _loss_product(loss, leaves, directions), share)
 
         self._sweep(visit)
@@ -247,13 +253,19 @@ def _loss_product(loss: Tensor, leaves: list[Tensor], directions: list[Tensor]) 
         del grads
         return list(torch.autograd.grad(edges, leaves, outer, allow_unused=True))
     except RuntimeError as error:
-        raise unsupported(error, loss) or error from error
+        raise unsupported(error) or error from error
 
 
 def _accumulate(parts: list[Tensor], tensors: Any, share: float) -> None:
     for part, tensor in zip(parts, tensors, strict=True):
         if tensor is not None:
             part.add_(tensor.to(part.device), alpha=share)
+
+
+def length(vector: Tensor) -> Tensor:
+    """`‖v‖`, shape (). On the CPU torch adds float32 squares up one by one, which loses 4e-4 of 1e7; so, in pieces."""
+    pieces = torch._foreach_norm(list(vector.split(2**16)))
+    return torch.linalg.vector_norm(torch.stack(pieces).double()).to(vector.dtype)
 
 
 def _several() -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 Batch = Mapping[str, Any]
 Batches = Batch | Iterable[Batch]
@@ -52,12 +53,22 @@ def rows(batch: Batch) -> int:
 
 def count_items(model: nn.Module, batch: Batch) -> int:
     """How many items the model's mean loss runs over (see the module's docstring)."""
-    labels = batch.get("labels")
+    labels = batch.get("shift_labels", batch.get("labels"))
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return rows(batch)
-    if getattr(model, "loss_type", None) == "ForCausalLM":
+    if "shift_labels" not in batch and _shifts_labels(model):
         labels = labels[..., 1:]
     return int((labels != IGNORED).sum())
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Whether the first label of a row is no target. Some causal models (GPT-2) declare no `loss_type`; names tell."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    adapted = getattr(getattr(model, "base_model", None), "model", None)
+    names = {type(model).__name__, type(adapted).__name__}
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return getattr(model, "loss_type", None) == "ForCausalLM" or not names.isdisjoint(causal)
 
 
 def split_rows(batch: Batch, size: int) -> list[Batch]:
