@@ -1,0 +1,125 @@
+"""Train a causal language model on running text, all of it or low-rank adapters, with a sharpness-aware method.
+
+    python examples/run_clm.py configs/tasks/questions_clm.yaml
+    python examples/run_clm.py --model_name_or_path gpt2 --dataset_name my/texts --block_size 512 --rho 0.05
+    python examples/run_clm.py --train_file book.txt --validation_file other.txt --lora_r 8 --optim adamw_torch
+
+Texts are put one after the other, an end token between them, and cut into blocks of equal length, so no batch is
+padded. Without a model it takes SmolLM2-135M, and without data the offline questions; neither needs a model hub. The
+results line has the perplexity, which is exp of the loss on the evaluation blocks.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, default_data_collator, set_seed
+
+import offline_models
+import offline_tasks
+from cli import ExampleParser, UsageError, run
+from hf_ssam import SSAMTrainer, SSAMTrainingArguments
+from lora import LoraArguments, adapter
+from runs import prepare, train_and_report
+from sources import (
+    FileArguments,
+    ModelArguments,
+    check_length,
+    load_files,
+    pretrained,
+    require_columns,
+    tokenizer_for,
+    uses,
+)
+
+
+@dataclass
+class RunningTextArguments(FileArguments):
+    """Which texts, and how long a block of them is."""
+
+    text_column_name: str = field(default="text", metadata={"help": "The column with the text."})
+    block_size: int = field(default=128, metadata={"help": "Tokens in a block."})
+    max_train_blocks: int | None = field(default=None, metadata={"help": "Train on so many blocks."})
+    max_eval_blocks: int | None = field(default=None, metadata={"help": "Evaluate on so many blocks."})
+
+
+class LanguageModelTrainer(SSAMTrainer):
+    """Adds the perplexity to what an evaluation finds."""
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """The parent's metrics, and ``eval_perplexity``."""
+        metrics = super().evaluate(*args, **kwargs)
+        return metrics | {"eval_perplexity": math.exp(min(metrics["eval_loss"], 700.0))}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
+    """Train and evaluate as the command line `argv` says; see `train_and_report` for what it returns."""
+    types = (ModelArguments, RunningTextArguments, LoraArguments, SSAMTrainingArguments)
+    model_args, data_args, lora_args, args = ExampleParser(types, description=__doc__).parse(argv)
+    checkpoint = prepare(args)
+    set_seed(args.seed)
+
+    with args.main_process_first(desc="reading the data"):
+        raw = load_files(data_args, offline_tasks.questions)
+        require_columns(raw, {"text_column_name": data_args.text_column_name})
+        rows = uses(raw, data_args, args)
+    path = model_args.model_name_or_path or str(offline_models.smollm2())
+    tokenizer = tokenizer_for(model_args, path)
+    model = pretrained(AutoModelForCausalLM, path, dtype=model_args.dtype, **model_args.hub)
+    check_length("block_size", data_args.block_size, model.config)
+    if config := adapter(lora_args):
+        from peft import get_peft_model
+
+        model = get_peft_model(model, config)
+        model.enable_input_require_grads()  # gradient checkpointing needs it where the embedding is frozen
+
+    with args.main_process_first(desc="packing"):
+        limits = {"train": data_args.max_train_blocks, "eval": data_args.max_eval_blocks}
+        prepared = {use: blocks(r, tokenizer, data_args, limits[use]) for use, r in rows.items()}
+
+    trainer = LanguageModelTrainer(
+        model=model,
+        args=args,
+        train_dataset=prepared.get("train"),
+        eval_dataset=prepared.get("eval"),
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+    )
+    card = {"dataset": data_args.dataset_name} if data_args.dataset_name else {}
+    origin = model_args.model_name_or_path
+    return train_and_report(trainer, checkpoint, finetuned_from=origin, tasks="text-generation", **card)
+
+
+def blocks(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: RunningTextArguments, limit: int | None
+) -> Dataset:
+    """`rows` as blocks of ``input_ids``, at most `limit` of them; what is left of a thousand texts at the end is
+    dropped.
+
+    Raises:
+        UsageError: there is less text than one block.
+    """
+    packed = rows.map(packer(tokenizer, data), batched=True, remove_columns=rows.column_names, desc="packing")
+    if not len(packed):
+        raise UsageError(f"{len(rows)} texts are less than one block: give a --block_size below {data.block_size}")
+    return packed.select(range(min(limit or len(packed), len(packed))))
+
+
+def packer(tokenizer: PreTrainedTokenizerBase, data: RunningTextArguments) -> Callable[[dict], dict]:
+    """Texts -> blocks of `block_size` tokens, and the same as ``labels``: the model shifts them itself."""
+
+    def pack(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        texts = tokenizer(batch[data.text_column_name], add_special_tokens=False)["input_ids"]
+        end = [tokenizer.eos_token_id]
+        tokens = list(chain.from_iterable(ids + end for ids in texts))
+        starts = range(0, len(tokens) - data.block_size + 1, data.block_size)
+        cut = [tokens[start : start + data.block_size] for start in starts]
+        return {"input_ids": cut, "labels": cut}
+
+    return pack
+
+
+if __name__ == "__main__":
+    run(main)

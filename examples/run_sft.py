@@ -1,0 +1,84 @@
+"""Supervised fine-tuning with TRL's `SFTTrainer`, made sharpness-aware by two mixins.
+
+    python examples/run_sft.py configs/tasks/questions_sft.yaml
+    python examples/run_sft.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --dataset_name trl-lib/Capybara
+
+Every field of `SFTConfig` is a flag. Data are in any form that `SFTTrainer` takes: ``messages``, ``prompt`` and
+``completion``, or ``text``. Without a model it takes SmolLM2-135M-Instruct, and without data the offline questions,
+each to be answered with its class (`offline_tasks.classified_questions`); neither needs a model hub.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from datasets import DatasetDict
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from trl import SFTConfig, SFTTrainer
+
+import offline_models
+import offline_tasks
+from cli import ExampleParser, UsageError, run
+from hf_ssam import SSAMArgumentsMixin, SSAMTrainerMixin
+from lora import LoraArguments, adapter
+from runs import prepare, train_and_report
+from sources import FileArguments, PlainModelArguments, check_length, load_files, pretrained, tokenizer_for, uses
+
+FORMS = ({"messages"}, {"prompt", "completion"}, {"text"})
+
+
+@dataclass
+class Arguments(SSAMArgumentsMixin, SFTConfig):
+    """TRL's arguments and ours."""
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None and not torch.accelerator.is_available():
+            self.bf16 = False  # TRL turns it on where nothing is said, and then refuses to run on a CPU
+        super().__post_init__()
+
+
+class Trainer(SSAMTrainerMixin, SFTTrainer):
+    """TRL's trainer, with two passes in a step."""
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
+    """Train and evaluate as the command line `argv` says; see `train_and_report` for what it returns."""
+    types = (PlainModelArguments, FileArguments, LoraArguments, Arguments)
+    model_args, data_args, lora_args, args = ExampleParser(types, description=__doc__).parse(argv)
+    checkpoint = prepare(args)
+    set_seed(args.seed)
+
+    with args.main_process_first(desc="reading the data"):
+        raw = load_files(data_args, offline_tasks.classified_questions)
+        check_form(raw)
+        rows = uses(raw, data_args, args)
+    hub = {**model_args.hub, "trust_remote_code": args.trust_remote_code}
+    path = model_args.model_name_or_path or str(offline_models.smollm2())
+    if args.max_length is not None:
+        check_length("max_length", args.max_length, pretrained(AutoConfig, path, **hub))
+
+    trainer = Trainer(
+        model=pretrained(AutoModelForCausalLM, path, dtype=model_args.dtype, **hub),
+        args=args,
+        train_dataset=rows.get("train"),
+        eval_dataset=rows.get("eval"),
+        processing_class=tokenizer_for(model_args, path),
+        peft_config=adapter(lora_args),
+    )
+    return train_and_report(trainer, checkpoint)
+
+
+def check_form(raw: DatasetDict) -> None:
+    """Refuse data in a form that `SFTTrainer` does not know.
+
+    Raises:
+        UsageError: a split has none of the columns in `FORMS`.
+    """
+    for split, rows in raw.items():
+        if not any(form <= set(rows.column_names) for form in FORMS):
+            found = ", ".join(rows.column_names)
+            raise UsageError(f"the {split} data has {found}: it needs messages, or prompt and completion, or text")
+
+
+if __name__ == "__main__":
+    run(main)

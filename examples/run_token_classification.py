@@ -1,0 +1,150 @@
+"""Fine-tune a tagger of words (names, parts of speech) with a sharpness-aware method.
+
+    python examples/run_token_classification.py configs/tasks/names.yaml
+    python examples/run_token_classification.py --model_name_or_path bert-base-cased --dataset_name my/ner --rho 0.05
+    python examples/run_token_classification.py --train_file train.json --validation_file test.json --optim adamw_torch
+
+An example is a list of words and a list of tags. Without a model it takes MiniLM-L6, and without data the offline
+questions in lower case, in which it finds the names (`offline_tasks.names`); neither needs a model hub.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import evaluate
+from datasets import ClassLabel, DatasetDict
+from transformers import (
+    AutoConfig,
+    AutoModelForTokenClassification,
+    DataCollatorForTokenClassification,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+import offline
+import offline_tasks
+from cli import ExampleParser, UsageError, run
+from hf_ssam import SSAMTrainer, SSAMTrainingArguments
+from runs import prepare, train_and_report
+from sources import (
+    FileArguments,
+    ModelArguments,
+    check_length,
+    load_files,
+    pretrained,
+    require_columns,
+    tokenizer_for,
+    uses,
+)
+
+METRIC = Path(__file__).parent / "metrics" / "spans.py"
+IGNORED = -100
+
+
+@dataclass
+class TokenArguments(FileArguments):
+    """Which words, and which tags."""
+
+    text_column_name: str = field(default="tokens", metadata={"help": "The column with the words of each example."})
+    label_column_name: str = field(default="ner_tags", metadata={"help": "The column with their tags."})
+    max_seq_length: int = field(default=128, metadata={"help": "Longer sentences are cut to so many tokens."})
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
+    """Train and evaluate as the command line `argv` says; see `train_and_report` for what it returns."""
+    parser = ExampleParser((ModelArguments, TokenArguments, SSAMTrainingArguments), description=__doc__)
+    model_args, data_args, args = parser.parse(argv)
+    checkpoint = prepare(args)
+    set_seed(args.seed)
+
+    with args.main_process_first(desc="reading the data"):
+        raw = load_files(data_args, offline_tasks.names)
+        columns = {"text_column_name": data_args.text_column_name, "label_column_name": data_args.label_column_name}
+        require_columns(raw, columns)
+        tags = tags_of(raw, data_args)
+        rows = uses(raw, data_args, args)
+
+    path = model_args.model_name_or_path or str(offline.minilm())
+    head = {"id2label": dict(enumerate(tags)), "label2id": {tag: i for i, tag in enumerate(tags)}}
+    config = pretrained(AutoConfig, path, **head, **model_args.hub)
+    check_length("max_seq_length", data_args.max_seq_length, config)
+    tokenizer = tokenizer_for(model_args, path)
+    options = {"config": config, "dtype": model_args.dtype, "ignore_mismatched_sizes": True, **model_args.hub}
+    model = pretrained(AutoModelForTokenClassification, path, **options)
+    with args.main_process_first(desc="tokenizing"):
+        encode = encoder(tokenizer, data_args, tags)
+        prepared = {use: r.map(encode, batched=True, remove_columns=r.column_names) for use, r in rows.items()}
+
+    trainer = SSAMTrainer(
+        model=model,
+        args=args,
+        train_dataset=prepared.get("train"),
+        eval_dataset=prepared.get("eval"),
+        processing_class=tokenizer,
+        data_collator=DataCollatorForTokenClassification(tokenizer),
+        compute_metrics=scorer(tags),
+    )
+    card = {"dataset": data_args.dataset_name} if data_args.dataset_name else {}
+    origin = model_args.model_name_or_path
+    return train_and_report(trainer, checkpoint, finetuned_from=origin, tasks="token-classification", **card)
+
+
+def tags_of(raw: DatasetDict, data: TokenArguments) -> list[str]:
+    """The tags' names: those that the data set declares, or what occurs in any split, sorted.
+
+    Raises:
+        UsageError: the columns hold no lists, or an example has more words than tags, or fewer.
+    """
+    words, labels = data.text_column_name, data.label_column_name
+    for split, rows in raw.items():
+        for number, (some, others) in enumerate(zip(rows[words], rows[labels], strict=True), start=1):
+            if not isinstance(some, list) or not isinstance(others, list):
+                raise UsageError(f"the {split} data needs lists of words and of tags in {words!r} and {labels!r}")
+            if len(some) != len(others):
+                raise UsageError(f"example {number} of the {split} data has {len(some)} words and {len(others)} tags")
+    feature = next(iter(raw.values())).features[labels].feature
+    if isinstance(feature, ClassLabel):
+        return feature.names
+    return sorted({str(tag) for rows in raw.values() for tags in rows[labels] for tag in tags})
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase, data: TokenArguments, tags: list[str]) -> Callable[[dict], dict]:
+    """Examples -> token ids and ``labels``: a word's first token has its tag, and what else there is has none."""
+    number = {tag: i for i, tag in enumerate(tags)}
+
+    def label(ids: list[int | None], words: list[int | str]) -> list[int]:
+        first = [id is not None and id != before for before, id in zip([None, *ids], ids, strict=False)]
+        named = (words[id] if is_first else None for id, is_first in zip(ids, first, strict=True))
+        return [IGNORED if tag is None else tag if isinstance(tag, int) else number[tag] for tag in named]
+
+    def encode(batch: dict[str, list]) -> dict[str, Any]:
+        encoded = tokenizer(
+            batch[data.text_column_name], is_split_into_words=True, truncation=True, max_length=data.max_seq_length
+        )
+        rows = enumerate(batch[data.label_column_name])
+        encoded["labels"] = [label(encoded.word_ids(i), words) for i, words in rows]
+        return encoded
+
+    return encode
+
+
+def scorer(tags: list[str]) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Logits of shape (n, tokens, tags) and labels of shape (n, tokens) -> scores."""
+    metric = evaluate.load(str(METRIC), keep_in_memory=True)
+
+    def score(pair: EvalPrediction) -> dict[str, float]:
+        said, true = pair.predictions.argmax(-1), pair.label_ids
+        kept = true != IGNORED
+        return metric.compute(
+            predictions=[[tags[i] for i in row[keep]] for row, keep in zip(said, kept, strict=True)],
+            references=[[tags[i] for i in row[keep]] for row, keep in zip(true, kept, strict=True)],
+        )
+
+    return score
+
+
+if __name__ == "__main__":
+    run(main)
