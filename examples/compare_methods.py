@@ -1,0 +1,176 @@
+"""Compare methods on a task over seeds and learning rates, at equal epochs and at equal numbers of gradients.
+
+    python examples/compare_methods.py run configs/comparisons/trec.yaml
+    python examples/compare_methods.py plot out/compare-trec
+
+`run` trains what is missing, one run after the other, each in a folder of its own, and then does what `plot` does: it
+writes `results.md` (means, 95 % intervals, paired tests), `results.csv` (a row for each run) and figures. A run whose
+results are there is not repeated, and one that was cut off goes on at its last checkpoint, where it saved some, so a
+sweep may be killed at any time.
+
+At equal gradients a method that takes p passes a step gets 1/p of the baseline's steps; p is what its own run at equal
+epochs took. A method that takes one pass a step is the same run at both budgets.
+"""
+
+import argparse
+import importlib
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+
+from cli import UsageError, run
+from comparison import Outcome, Run, outcome, write_tables
+from comparison_plots import write_figures
+
+PLAN = "plan.yaml"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared: the keys of the configuration file.
+
+    Attributes:
+        script: an example of this folder that trains, such as `run_text_classification`.
+        config: the task's configuration file.
+        output_dir: where the runs go.
+        flags: what to set over the configuration, for all runs.
+        baseline: the method that the others are tested against.
+        methods: flags by the name that figures use.
+        seeds: one run each.
+        learning_rates: the first is the main one; all runs of it come first.
+        budgets: `epochs`, `gradients` or both; the learning rates after the first are only run at the first budget.
+        metric: what is compared.
+        title: of the figures.
+    """
+
+    script: str
+    config: str
+    output_dir: str
+    baseline: str
+    methods: dict[str, dict[str, Any]]
+    seeds: list[int]
+    learning_rates: list[float]
+    flags: dict[str, Any]
+    title: str
+    metric: str = "eval_accuracy"
+    budgets: tuple[str, ...] = ("epochs", "gradients")
+
+    def runs(self) -> Iterator[Run]:
+        """All runs; those at equal epochs come first, since the steps at equal gradients follow from them."""
+        for i, rate in enumerate(self.learning_rates):
+            for budget in self.budgets if i == 0 else self.budgets[:1]:
+                for seed in self.seeds:
+                    for method in self.methods:
+                        yield Run(method, float(rate), seed, budget)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run or plot, as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "plot"])
+    parser.add_argument("source", type=Path, help="run: the comparison's YAML file; plot: the folder that it filled")
+    parser.add_argument("--output_dir", type=Path, help="the folder to fill, if not the one that the file names")
+    parser.add_argument("--max_runs", type=int, help="stop after so many new runs")
+    asked = parser.parse_args(argv)
+    if asked.command == "plot":
+        folder, plan = asked.source, read_plan(asked.source / PLAN)
+    else:
+        plan = read_plan(asked.source)
+        folder = asked.output_dir or Path(plan.output_dir)
+        train_all(plan, folder, asked.max_runs)
+    summary = write_tables(finished(plan, folder), folder, plan.baseline, plan.title)
+    write_figures(finished(plan, folder), folder, plan.title)
+    print(f"{summary}\nresults of {len(finished(plan, folder))} runs: tables and figures are in {folder}", flush=True)
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a YAML file.
+
+    Raises:
+        UsageError: there is no such file, or a key is missing, unknown or does not fit the others.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no comparison {path}: run one first, as configs/comparisons/trec.yaml does")
+    values = yaml.safe_load(path.read_text())
+    known = {field.name for field in fields(Plan)}
+    try:
+        plan = Plan(**values)
+    except TypeError as error:
+        raise UsageError(f"{path} must set {', '.join(sorted(known))}, and nothing else ({error})") from error
+    if plan.baseline not in plan.methods:
+        raise UsageError(f"{path}: the baseline {plan.baseline!r} is none of the methods {', '.join(plan.methods)}")
+    if list(plan.budgets) not in (["epochs"], ["epochs", "gradients"]):
+        raise UsageError(f"{path}: budgets are [epochs] or [epochs, gradients], not {list(plan.budgets)}")
+    return plan
+
+
+def train_all(plan: Plan, folder: Path, max_runs: int | None) -> None:
+    """Train every run of `plan` whose results are not in `folder` yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _keep_plan(plan, folder / PLAN)
+    script = importlib.import_module(plan.script)
+    missing = [one for one in plan.runs() if outcome(folder / one.folder, one, plan.metric) is None]
+    for number, one in enumerate(missing[:max_runs], start=1):
+        steps = _steps(one, plan, folder)
+        if steps == 0:
+            continue
+        print(f"run {number} of {len(missing)}: {one.folder}", flush=True)
+        script.main(_command(one, plan, folder / one.folder, steps))
+        for weights in (folder / one.folder).glob("*.safetensors"):
+            weights.unlink()
+
+
+def finished(plan: Plan, folder: Path) -> list[Outcome]:
+    """What has been measured. A method that takes one pass a step has the same outcome at both budgets."""
+    found = []
+    for one in plan.runs():
+        measured = outcome(folder / one.folder, one, plan.metric)
+        at_epochs = outcome(folder / one.at_epochs.folder, one, plan.metric)
+        if measured is None and at_epochs is not None and at_epochs.passes == at_epochs.steps:
+            measured = at_epochs
+        if measured is not None:
+            found.append(measured)
+    return found
+
+
+def _steps(one: Run, plan: Plan, folder: Path) -> int | None:
+    """The number of steps of `one`: None for the whole number of epochs, 0 where the run at equal epochs serves."""
+    if one.budget == "epochs":
+        return None
+    own = outcome(folder / one.at_epochs.folder, one, plan.metric)
+    plain = outcome(folder / one.of(plan.baseline).at_epochs.folder, one, plan.metric)
+    return 0 if own.passes == own.steps else max(1, round(plain.passes * own.steps / own.passes))
+
+
+def _command(one: Run, plan: Plan, place: Path, steps: int | None) -> list[str]:
+    """The flags of one run; what a run that was cut off has left is taken up, or cleared away."""
+    chosen = {**plan.flags, **plan.methods[one.method], "learning_rate": one.learning_rate, "seed": one.seed}
+    chosen |= {"output_dir": place} | ({} if steps is None else {"max_steps": steps})
+    if place.is_dir() and get_last_checkpoint(place):
+        chosen["resume_from_checkpoint"] = "true"
+    else:
+        shutil.rmtree(place, ignore_errors=True)
+    return [plan.config, *(word for name, value in chosen.items() for word in (f"--{name}", str(value)))]
+
+
+def _keep_plan(plan: Plan, path: Path) -> None:
+    """Write down what is compared, for `plot`; seeds, rates and methods may be added, but none may change."""
+    new = {**asdict(plan), "budgets": list(plan.budgets)}
+    if path.is_file():
+        old = yaml.safe_load(path.read_text())
+        changed = [key for key in ("script", "config", "flags", "metric") if old[key] != new[key]]
+        changed += [name for name in old["methods"] if old["methods"][name] != new["methods"].get(name)]
+        if changed:
+            raise UsageError(
+                f"{path.parent} holds another comparison ({', '.join(changed)} differ): give --output_dir"
+            )
+    path.write_text(yaml.safe_dump(new, sort_keys=False, allow_unicode=True))
+
+
+if __name__ == "__main__":
+    run(main)
