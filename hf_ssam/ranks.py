@@ -43,14 +43,15 @@ class Ranks:
         if scope not in SCOPES:
             raise ValueError(f"ascent_scope: `{scope}` does not exist; choose one of {', '.join(SCOPES)}.")
         self._ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
-        self._fsdp = next((m for m in model.modules() if isinstance(m, FSDPModule)), None)
-        sharded = space.is_sharded or self._fsdp is not None
+        self._fsdp = tuple(_sharded_roots(model))
+        sharded = space.is_sharded or bool(self._fsdp)
         if scope != "global" and sharded:
             raise ValueError(
                 f"ascent_scope: `{scope}` needs each rank's own whole gradient, which a sharded model never holds; "
                 "choose ascent_scope=global, or train with DDP."
             )
         self.scope = scope
+        self._left_over = False
         self._space = space
         replicas = None if self._ddp is None else self._ddp.process_group
         self._group = dist.group.WORLD if sharded else replicas
@@ -83,7 +84,7 @@ class Ranks:
         """What all but the last pass over a batch run in: gradients add up locally."""
         if self._ddp is not None:
             return self._ddp.no_sync()
-        return contextlib.nullcontext() if self._fsdp is None else _unsynchronized(self._fsdp)
+        return _unsynchronized(self._fsdp)
 
     def unsynchronized(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """`run`, its gradients kept local until a later pass synchronises them."""
@@ -108,6 +109,27 @@ class Ranks:
             dist.all_reduce(flat, group=self._ddp.process_group)
             flat /= self.world_size
             torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
+
+    def abandon(self) -> None:
+        """Put FSDP2's shards back in place of what a pass that died had gathered: no collective, so no rank waits."""
+        self._left_over = bool(self._fsdp)
+        for root in self._fsdp:
+            root.reset_iter_state()
+
+    def begin(self) -> None:
+        """Drop the whole gradients that a dead pass had added up, unsent; FSDP2 keeps them on the gathered weights."""
+        if self._left_over:
+            self._left_over = False
+            for module in (m for root in self._fsdp for m in root.modules() if isinstance(m, FSDPModule)):
+                module.unshard()
+                module.zero_grad(set_to_none=True)
+                module.reshard()
+
+    def summed(self, values: Tensor) -> Tensor:
+        """`values` added up over the ranks, whose batches differ; as it is in one process."""
+        if self._group is not None:
+            dist.all_reduce(values, group=self._group)
+        return values
 
     def agreed(self, finite: Tensor) -> Tensor:
         """Whether `finite` (bool, shape ()) holds on every rank; a loss is local, and one rank must not step alone."""
@@ -146,10 +168,21 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
+def _sharded_roots(model: nn.Module) -> Iterator[FSDPModule]:
+    """The outermost modules that FSDP2 shards: the model, or some of its layers."""
+    if isinstance(model, FSDPModule):
+        yield model
+        return
+    for child in model.children():
+        yield from _sharded_roots(child)
+
+
 @contextlib.contextmanager
-def _unsynchronized(model: FSDPModule) -> Iterator[None]:
-    model.set_requires_gradient_sync(False)
+def _unsynchronized(roots: tuple[FSDPModule, ...]) -> Iterator[None]:
+    for root in roots:
+        root.set_requires_gradient_sync(False)
     try:
         yield
     finally:
-        model.set_requires_gradient_sync(True)
+        for root in roots:
+            root.set_requires_gradient_sync(True)

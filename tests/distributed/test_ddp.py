@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.cases import CASES, MAIN_CASES, Case, assert_close, assert_identical, bert, gpt2, lm_data, text_data
 from tests.distributed.launching import Runs
 from tests.distributed.references import trained
-from tests.distributed.scenarios import SCOPES, base_optimizers, ran, works
+from tests.distributed.scenarios import SCOPES, base_optimizers, ran, rounding, total_skipped, without, works
 from tests.reference import REFERENCES, flat
 
 pytestmark = pytest.mark.distributed
@@ -21,19 +21,6 @@ working = [
 ]
 scopes = pytest.mark.parametrize("scope", SCOPES)
 main_cases = pytest.mark.parametrize("case", MAIN_CASES, ids=lambda c: c.id)
-
-
-def without(entry: dict, *names: str) -> dict:
-    return {k: v for k, v in entry.items() if k not in names and not k.startswith("ssam/")}
-
-
-def rounding(case: Case) -> float:
-    """How far two ways to add may end apart; Adam magnifies the rounding of a gradient that is nearly zero."""
-    return 1e-4 if "own" in base_optimizers(case) else 1e-6
-
-
-def total_skipped(outcome: dict) -> int:
-    return sum(e.get("ssam/skipped_steps", 0) for e in outcome["log"])
 
 
 @pytest.mark.parametrize(("scope", "case"), [p for p in working if p.values[1] in MAIN_CASES])
