@@ -114,7 +114,9 @@ class Ranks:
         """Put FSDP2's shards back in place of what a pass that died had gathered: no collective, so no rank waits."""
         self._left_over = bool(self._fsdp)
         for root in self._fsdp:
-            root.reset_iter_state()
+            # What never ran has no state to reset, and torch 2.13 fails on it; older versions have no such method.
+            with contextlib.suppress(AttributeError):
+                root.reset_iter_state()
 
     def begin(self) -> None:
         """Drop the whole gradients that a dead pass had added up, unsent; FSDP2 keeps them on the gathered weights."""
