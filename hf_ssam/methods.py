@@ -14,11 +14,15 @@ from typing import Any
 
 import torch
 
-from . import ascent, descent, papers
+from . import ascent, descent, masks, papers, selection
 from .adasam import AdaSAM
 from .options import Option, Value, read_options
 from .papers import Paper
 from .rules import Rule, chain
+from .selection import Selection
+from .tensors import Space
+
+Check = Callable[[Space, tuple[str, ...]], None]
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,9 @@ class Rules:
         period: the second pass is taken at every `period`-th step that the method is at work in; 0: never.
         reuse: `g -> d` at the other steps.
         anticipate: `{} -> u`, from memory alone, so that the first pass is taken at `w + ρ u`; None: at `w`.
+        selection: which samples the passes run on; None: all.
+        per_example: whether a rule asks for the gradient of single samples.
+        checks: `(space, perturbed names)`, raising where the model does not fit the method.
         stateful: whether a rule keeps something of the gradients in memory, which must then be the same on every rank.
     """
 
@@ -41,7 +48,15 @@ class Rules:
     period: int = 1
     reuse: Rule = chain()
     anticipate: Rule | None = None
+    selection: Selection | None = None
+    per_example: bool = False
+    checks: tuple[Check, ...] = ()
     stateful: bool = False
+
+    @property
+    def takes_indices(self) -> bool:
+        """Whether passes are run on some of a batch's samples."""
+        return self.per_example or self.selection is not None
 
     def ascends(self, step: int) -> bool:
         """Whether step `step` (from 0) takes a second pass."""
@@ -142,6 +157,45 @@ def _momentum_sam(momentum: float) -> Rules:
     return Rules(period=0, reuse=descent.remember(momentum), anticipate=ascent.anticipation, stateful=True)
 
 
+def _sparse_sam(
+    mask: str, sparsity: float, structure: str, update_freq: int, num_samples: int, drop_rate: float, seed: int
+) -> Rules:
+    if sparsity == 0 and structure == "element":
+        return _sam()
+    if mask == "dynamic":
+        if structure != "element":
+            raise ValueError(
+                f"optim_args: structure={structure} is not allowed with mask=dynamic; choose mask=fisher, or structure=element."
+            )
+        refresh, checks = masks.dynamic(sparsity, drop_rate, seed), ()
+    elif structure == "element":
+        refresh, checks = masks.fisher(sparsity, num_samples), (masks.whole_gradients,)
+    elif structure == "tensor":
+        refresh, checks = masks.fisher_tensors(sparsity, num_samples), (masks.whole_gradients,)
+    else:
+        n, m = masks.read_n_of_m(structure)
+        refresh, checks = masks.fisher_n_of_m(n, m, num_samples), (masks.whole_gradients, masks.divides(m))
+    rule = chain(ascent.normalize, masks.masked(refresh, update_freq))
+    return Rules(rule, per_example=mask == "fisher", checks=checks, stateful=True)
+
+
+def _esam(beta: float, gamma: float, seed: int) -> Rules:
+    picks = Selection(between=selection.sharpest(gamma)) if gamma < 1 else None
+    return Rules(chain(ascent.normalize, masks.random_subset(beta, seed)), selection=picks)
+
+
+def _ausam(alpha: float, s_min: float, s_max: float, seed: int) -> Rules:
+    if s_min > s_max:
+        raise ValueError(
+            f"optim_args: s_min={s_min} is above s_max={s_max} for method `ausam`; choose s_min <= s_max."
+        )
+    if alpha == 1:
+        return _sam()
+    picks = Selection(before=selection.by_rise(alpha, s_min, s_max, seed), learn=selection.average_rise)
+    return Rules(ascent.normalize, selection=picks, stateful=True)
+
+
+SEED = {"seed": Option(0, "of the method's own random draws; the same on every rank", 0)}
 K = {"k": Option(5, "k: a second pass every k-th step (reported for the paper)", 1)}
 ALPHA = {"alpha": Option(0.1, "α: share of g_v in the steps between; the paper's 0.7 diverged in re-runs", 0.0)}
 
@@ -200,6 +254,57 @@ _TABLE = (
             **RENORMALIZE,
         },
         passes="1 + 1/k",
+    ),
+    Method(
+        "sparse_sam",
+        "Sparse SAM: the gradient at w + ρ M ⊙ g/‖g‖ with a mask M of the coordinates that matter.",
+        _sparse_sam,
+        0.05,
+        papers.SPARSE_SAM,
+        {
+            "mask": Option(
+                "fisher", "by Fisher information, or `dynamic`: drop and grow", choices=("fisher", "dynamic")
+            ),
+            "sparsity": Option(0.5, "s: share that is not perturbed (README recipes; class default 0.2)", 0.0, 1.0),
+            "structure": Option("element", "`element`, `tensor`, or N:M such as 2:4, which sets the sparsity itself"),
+            "update_freq": Option(100, "optimizer steps between refreshes of M; the paper counts epochs", 1),
+            "num_samples": Option(16, "samples of the step's batch that F is summed over (README recipe)", 1),
+            "drop_rate": Option(0.5, "share that a dynamic mask first exchanges (official code)", 0.0, 1.0),
+            **SEED,
+            **RENORMALIZE,
+        },
+        passes="2, and num_samples/batch at each refresh",
+    ),
+    Method(
+        "esam",
+        "ESAM: a random share β of the coordinates is perturbed, and the second pass takes the γ|B| samples that rose most.",
+        _esam,
+        0.05,
+        papers.ESAM,
+        {
+            "beta": Option(0.6, "β: share of the coordinates perturbed (official run.sh)", 0.0, 1.0, True),
+            "gamma": Option(0.5, "γ: share of the samples in the second pass (official run.sh)", 0.0, 1.0, True),
+            **SEED,
+            **RENORMALIZE,
+        },
+        passes="1 + γ, and one forward",
+    ),
+    Method(
+        "ausam",
+        "AUSAM: SAM on α|B| samples, drawn by how much each one's loss has risen under perturbation so far.",
+        _ausam,
+        0.05,
+        papers.AUSAM,
+        {
+            "alpha": Option(
+                0.5, "α: share of the samples in both passes; 0.5 costs as much as no SAM", 0.0, 1.0, True
+            ),
+            "s_min": Option(0.1, "weight of the least risen (our choice)", 0.0, 1.0, True),
+            "s_max": Option(1.0, "weight of the most risen (our choice)", 0.0, 1.0, True),
+            **SEED,
+            **RENORMALIZE,
+        },
+        passes="2α",
     ),
     Method(
         "gsam",
@@ -264,7 +369,9 @@ def get_method(name: str, **options: Any) -> Method:
     if name not in METHODS:
         raise ValueError(f"optim: there is no method `{name}`; choose one of {', '.join(METHODS)}.")
     method = METHODS[name]
-    return replace(method, values=MappingProxyType(read_options(name, method.options, options)))
+    chosen = replace(method, values=MappingProxyType(read_options(name, method.options, options)))
+    chosen.rules()
+    return chosen
 
 
 def checked_rho(rho: float | None, method: Method) -> float:

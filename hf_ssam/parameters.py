@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers.pytorch_utils import Conv1D
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
@@ -41,6 +42,13 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
             "train; unfreeze some with `parameter.requires_grad_(True)` or add an adapter."
         )
     return named
+
+
+def transposed_names(model: nn.Module) -> set[str]:
+    """Weights whose first dimension is the layer's inputs: GPT-2's `Conv1D` and transposed convolutions."""
+    layers = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, Conv1D)
+    modules = unwrapped(model).named_modules(remove_duplicate=False)
+    return {stable_name(f"{prefix}.weight".lstrip(".")) for prefix, m in modules if isinstance(m, layers)}
 
 
 def perturbed_names(model: nn.Module, perturb: str, names: Collection[str]) -> tuple[str, ...]:

@@ -20,7 +20,8 @@ class StepReport:
         ascent_grad_norm: `‖ĝ‖`, loss scale undone.
         perturbation_norm: `‖e‖ = ρ ‖u‖`.
         scale: γ, the factor applied to `ĝ`; 1 where the method does not renormalise.
-        passes: forward-backward passes over the batch.
+        passes: forward-backward passes over the batch: where a pass runs on some of the samples, their share counts.
+        forwards: the same for forwards; above `passes` where a method looks at losses without a gradient.
         skipped: bool; whether a loss or a norm was not finite, so that this gradient must not be applied.
 
     Under `micro_batch` losses are summed and the other fields averaged over the micro-batches.
@@ -34,6 +35,7 @@ class StepReport:
     perturbation_norm: Tensor | None = None
     scale: Tensor | float = 1.0
     passes: float = 1.0
+    forwards: float = 1.0
 
 
 def all_finite(*values: Tensor) -> Tensor:
@@ -61,4 +63,5 @@ def merged(reports: list[StepReport]) -> StepReport:
         perturbation_norm=mean("perturbation_norm"),
         scale=mean("scale"),
         passes=mean("passes"),
+        forwards=mean("forwards"),
     )

@@ -95,6 +95,8 @@ class At:
         rho: radius ρ of this step.
         step: how many steps the method has been at work in before this one.
         memory: what the method keeps between steps.
+        progress: share of the run that is over, from 0 to 1; 0 where its length is not known.
+        fisher: `(v, samples) -> Σ (∂ℓ_i)²` over that many samples of the step at `w`, of the shapes of `v`.
         scale: the factor γ that `descent.renormalize` applied, shape (); 1 elsewhere.
     """
 
@@ -105,6 +107,8 @@ class At:
     rho: float
     step: int = 0
     memory: Memory = field(default_factory=Memory)
+    progress: float = 0.0
+    fisher: Callable[[Vector, int], Vector] | None = None
     scale: Tensor | float = 1.0
     _normed: tuple[Vector, Tensor] | None = None
 

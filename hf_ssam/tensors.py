@@ -99,10 +99,12 @@ class Space:
 
     Args:
         named: parameters by name, without duplicates (`nn.Module.named_parameters` lists tied weights once).
+        transposed: names of weights whose first dimension is the inputs, as in `Conv1D` of GPT-2.
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter]):
+    def __init__(self, named: Mapping[str, nn.Parameter], transposed: Iterable[str] = ()):
         self.params = dict(named)
+        self.transposed = frozenset(transposed)
         self._groups = {name: sharding_groups(p) for name, p in self.params.items()}
 
     def weights(self, names: Iterable[str] | None = None) -> Vector:
@@ -168,6 +170,32 @@ class Space:
     def dot(self, u: Vector, v: Vector) -> Tensor:
         """Global inner product `⟨u, v⟩`: shape ()."""
         return self.dots(u, v).sum()
+
+    def counts(self, masks: Vector) -> Tensor:
+        """How many entries of each mask are true, whole across shards: shape (len(masks),), int64."""
+        each = [t.sum() for t in masks.values()]
+        return self._summed(masks, torch.stack([c.to(each[0].device) for c in each]))
+
+    def counts_before(self, masks: Vector) -> Tensor:
+        """How many true entries of each mask lie on earlier shards of the same tensor: shape (len(masks),), int64."""
+        each = [t.sum() for t in masks.values()]
+        counts = torch.stack([c.to(each[0].device) for c in each])
+        before = torch.zeros_like(counts)
+        positions: dict[tuple, list[int]] = {}
+        for i, name in enumerate(masks):
+            positions.setdefault(self._groups[name], []).append(i)
+        for groups, index in positions.items():
+            part = counts[index]
+            for group in reversed(groups):
+                parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+                dist.all_gather(parts, part, group=group)
+                before[index] += sum(parts[: dist.get_rank(group)], torch.zeros_like(part))
+                part = sum(parts)
+        return before
+
+    def shard(self, name: str) -> tuple[int, ...]:
+        """Which part of parameter `name` this rank holds: its rank in each group that the tensor is split over."""
+        return tuple(dist.get_rank(group) for group in self._groups[name])
 
     def numel(self, names: Iterable[str]) -> int:
         """Number of coordinates of the named parameters, whole across shards."""

@@ -13,37 +13,27 @@ once; a host that hands them over one at a time calls the phases `begin`, `first
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .methods import Method, Rules, checked_rho, get_method
-from .parameters import perturbed_names, trainable, unwrapped
+from .parameters import perturbed_names, trainable, transposed_names, unwrapped
+from .per_sample import per_sample_losses
 from .precision import is_low_precision, survival, warn_if_lost
 from .ranks import Ranks
-from .replay import RandomState, Replay
+from .replay import Replay
 from .report import StepReport, all_finite, merged
 from .rules import PLAIN, At, Memory
+from .selection import Draw
 from .tensors import Snapshot, Space, Vector, local, move, scaled
-
-RunPass = Callable[..., Tensor]
-
-
-@dataclass
-class Window:
-    """The passes that ascend together: all micro-batches of a step, or one of them under `micro_batch`."""
-
-    buffers_seen: Any
-    buffers_due: bool
-    loss_scale: float | Tensor | None
-    runs: list[RunPass] = field(default_factory=list)
-    rng_seen: list[RandomState | None] = field(default_factory=list)
-    loss: Tensor | float = 0.0
-    share: float | Tensor = 0.0
-    anticipated: Vector = field(default_factory=dict)
+from .watch import PerSampleLoss, Sighting, Watch
+from .window import RunPass, Seen, Window, squared_gradients
 
 
 class TwoPass:
@@ -64,6 +54,10 @@ class TwoPass:
         parameters: what trains, by name, where that is more than the model's own parameters (a loss with weights).
         replay_rng: whether the second pass draws the same random numbers as the first.
         offload_snapshot: keep the copy of the weights in host memory.
+        per_sample_loss: `(the model's inputs by name, its outputs) -> losses`, shape (B,), for methods that select
+            samples; None: worked out from logits and labels (`hf_ssam.per_sample`).
+        dataset_size: number of samples in the data set, for methods that keep a score of each.
+        total_steps: length of the run, for methods that change over it.
         **options: the method's own options.
 
     Raises:
@@ -82,11 +76,15 @@ class TwoPass:
         parameters: Mapping[str, nn.Parameter] | None = None,
         replay_rng: bool = True,
         offload_snapshot: bool = False,
+        per_sample_loss: PerSampleLoss | None = None,
+        dataset_size: int | None = None,
+        total_steps: int | None = None,
         **options: Any,
     ):
         self.method = method if isinstance(method, Method) else get_method(method, **options)
         self.rho = rho
-        self.space = Space(trainable(model) if parameters is None else parameters)
+        named = trainable(model) if parameters is None else parameters
+        self.space = Space(named, transposed_names(model))
         self.perturbed = perturbed_names(model, perturb, self.space.params)
         self.ranks = Ranks(model, scope, self.space)
         self._rules: Rules = self.method.rules()
@@ -95,6 +93,21 @@ class TwoPass:
                 f"ascent_scope: under `{scope}` every rank would keep its own state of method `{self.method.name}`, and "
                 "they would drift apart; choose ascent_scope=global, or a method without state such as ssam."
             )
+        for check in self._rules.checks:
+            check(self.space, self.perturbed)
+        self._selection = self._rules.selection
+        if self._selection is not None and not replay_rng:
+            raise ValueError(
+                f"replay_rng: method `{self.method.name}` compares losses of two passes, which mean nothing under different "
+                "dropout masks; leave replay_rng on."
+            )
+        if self._selection is not None and self._selection.learn is not None and dataset_size is None:
+            raise ValueError(
+                f"dataset_size: method `{self.method.name}` keeps a score of each sample and needs their number; pass "
+                "dataset_size=len(dataset)."
+            )
+        self.dataset_size, self.total_steps = dataset_size, total_steps
+        self._watch = self._new_watch(unwrapped(model), per_sample_loss) if self._rules.takes_indices else None
         self.offload_snapshot = offload_snapshot
         self.steps = 0
         self._memory = Memory()
@@ -113,7 +126,12 @@ class TwoPass:
     def rho(self, value: float | None) -> None:
         self._rho = checked_rho(value, self.method)
 
-    def step(self, run_pass: RunPass | Sequence[RunPass], loss_scale: float | Tensor | None = None) -> StepReport:
+    def step(
+        self,
+        run_pass: RunPass | Sequence[RunPass],
+        loss_scale: float | Tensor | None = None,
+        samples: Tensor | Sequence[Tensor] | None = None,
+    ) -> StepReport:
         """Leave the descent gradient in `.grad`, and the weights as they were.
 
         Args:
@@ -121,6 +139,8 @@ class TwoPass:
                 losses already weighted by their share of the batch (`loss / n`). Each is called once a pass.
             loss_scale: what the losses were multiplied by before backward, such as `scaler.get_scale()`; the gradient
                 left behind carries it too.
+            samples: dataset indices of the batch's samples, shape (B,), or one such tensor for each micro-batch; for
+                methods that keep a score of each sample.
 
         Returns:
             What the step did. Where `skipped` is true the gradient is not finite: a GradScaler skips it by itself,
@@ -129,10 +149,14 @@ class TwoPass:
         runs = [run_pass] if callable(run_pass) else list(run_pass)
         if not runs:
             raise ValueError("run_pass: got an empty list; pass a callable, or one callable for each micro-batch.")
+        if self._rules.takes_indices:
+            for run in runs:
+                _check_takes_indices(run, self.method.name)
+        ids = [samples] * len(runs) if samples is None or isinstance(samples, Tensor) else list(samples)
         self.begin(loss_scale)
-        for run in runs[:-1]:
-            self.first_pass(self.ranks.unsynchronized(run), 1 / len(runs))
-        self.first_pass(runs[-1], 1 / len(runs))
+        for run, these in zip(runs[:-1], ids[:-1], strict=True):
+            self.first_pass(self.ranks.unsynchronized(run), 1 / len(runs), these)
+        self.first_pass(runs[-1], 1 / len(runs), ids[-1])
         return self.finish()
 
     @property
@@ -148,23 +172,24 @@ class TwoPass:
         self.ranks.begin()
         self._window = self._new_window(loss_scale)
 
-    def first_pass(self, run: RunPass, share: float | Tensor = 1.0) -> Tensor:
+    def first_pass(self, run: RunPass, share: float | Tensor = 1.0, samples: Tensor | None = None) -> Tensor:
         """Run one micro-batch at `w`, and under `micro_batch` its second pass as well.
 
         Args:
             run: `() -> loss`.
             share: the weight its mean loss has in the batch loss; under `rank` and `micro_batch` it is undone before
                 the ascent, so that `e = ρ g` has the length it would have alone.
+            samples: dataset indices of its samples, shape (B,), for methods that keep a score of each.
 
         Returns:
             The loss, detached.
         """
         with self._abandoned_on_error():
             if self.ranks.scope != "micro_batch":
-                return self._first(self._window, run, share)
+                return self._first(self._window, run, share, samples)
             carried = self._taken_grads()
             window = self._new_window(self._window.loss_scale)
-            loss = self._first(window, run, share)
+            loss = self._first(window, run, share, samples)
             self._reports.append(self._close(window))
             self._add_grads(carried)
             return loss
@@ -222,18 +247,38 @@ class TwoPass:
         at = At(self.space, w, {}, torch.zeros(()), self.rho, self.steps, self._memory)
         return self._rules.anticipate({}, at)
 
-    def _first(self, window: Window, run: RunPass, share: float | Tensor) -> Tensor:
-        window.runs.append(run)
-        window.rng_seen.append(self._replay.saw_rng())
+    def _new_watch(self, model: nn.Module, per_sample_loss: PerSampleLoss | None) -> Watch:
+        if self._selection is None:
+            return Watch(model, None)
+        return Watch(model, per_sample_loss or partial(per_sample_losses, model))
+
+    def _first(self, window: Window, run: RunPass, share: float | Tensor, samples: Tensor | None) -> Tensor:
+        seen = Seen(run, self._replay.saw_rng(), samples)
+        if self.rho > 0 and self._selection is not None and self._selection.before is not None:
+            self._pick(seen, len(self._reports) + len(window.passes))
+        window.passes.append(seen)
         window.share = window.share + share
         with self._moved(window.anticipated):
-            loss = self._run(run)
+            loss, seen.sight = self._run(run, seen.index)
         window.loss = window.loss + loss
         return loss
 
-    def _run(self, run: RunPass) -> Tensor:
-        with self.ranks.context():
-            return run().detach()
+    def _pick(self, seen: Seen, position: int) -> None:
+        """Choose the samples that both passes of a micro-batch run on."""
+        if seen.ids is None:
+            raise ValueError(
+                f"samples: method `{self.method.name}` needs the dataset index of each sample; pass samples=indices, "
+                "shape (B,), with each batch."
+            )
+        seen.ids = seen.ids.to(self._device)
+        seen.index = self._selection.before(Draw(seen.ids, self._memory, self.steps, position))
+        seen.first = len(seen.index) / len(seen.ids)
+
+    def _run(self, run: RunPass, index: Tensor | None) -> tuple[Tensor, Sighting | None]:
+        watching = nullcontext() if self._watch is None or self.rho == 0 else self._watch.watching()
+        with self.ranks.context(), watching as sight:
+            loss = run() if index is None else run(index)
+        return loss.detach(), sight
 
     def _close(self, window: Window) -> StepReport:
         """The second half of a window: from `g` in `.grad` to `d` in `.grad`."""
@@ -245,6 +290,8 @@ class TwoPass:
             return StepReport(window.loss, grad_norm, ~self.ranks.agreed(all_finite(window.loss, grad_norm)))
         targets = g if len(targets) == len(g) else targets
         at = At(self.space, self.space.weights(targets), g, grad_norm, self.rho, self.steps, self._memory)
+        at.progress = min(1.0, self.steps / self.total_steps) if self.total_steps else 0.0
+        at.fisher = squared_gradients(window, self.space, self.ranks, self._replay)
         self._at_work = True
         if not self._rules.ascends(self.steps):
             return self._close_with_one(window, g, at, unit)
@@ -259,9 +306,10 @@ class TwoPass:
         ascent_grad_norm = at.norm(ascent_grads)
         finite = self.ranks.agreed(all_finite(window.loss, ascent_loss, grad_norm, ascent_grad_norm))
         self._hand_on(ascent_grads, self._rules.descent(ascent_grads, at), unit, window, finite)
+        self._learn(window)
         self._memory.commit(finite)
         return StepReport(
-            window.loss, grad_norm, ~finite, ascent_loss, ascent_grad_norm, perturbation_norm, at.scale, 2.0
+            window.loss, grad_norm, ~finite, ascent_loss, ascent_grad_norm, perturbation_norm, at.scale, *window.cost()
         )
 
     def _second(self, window: Window, u: Vector) -> Tensor:
@@ -270,7 +318,7 @@ class TwoPass:
             self.space.clear_grads()
             self.ranks.buffers_due = window.buffers_due
             with self._replay.rewound(window.buffers_seen):
-                return sum(self._replayed(run, rng) for run, rng in zip(window.runs, window.rng_seen, strict=True))
+                return sum(self._replayed(seen) for seen in window.passes)
 
     def _close_with_one(self, window: Window, g: Vector, at: At, unit: float | Tensor) -> StepReport:
         """The second half of a window that takes no second pass."""
@@ -297,10 +345,25 @@ class TwoPass:
             snapshot.restore()
             torch.clear_autocast_cache()
 
-    def _replayed(self, run: RunPass, rng: RandomState | None) -> Tensor:
-        if rng is not None:
-            rng.restore()
-        return self._run(run)
+    def _replayed(self, seen: Seen) -> Tensor:
+        """The second pass of a micro-batch, on the samples that the method selects."""
+        index = seen.index
+        if self._selection is not None and self._selection.between is not None:
+            seen.rewind()
+            index = self._selection.between(seen.sight.losses, self._watch.again(seen.sight))
+            seen.looks = 1.0
+        seen.rewind()
+        loss, sight = self._run(seen.run, index)
+        seen.second = seen.first if index is seen.index else len(index) / seen.sight.size
+        if self._selection is not None and self._selection.learn is not None:
+            seen.rises = sight.losses - seen.sight.losses
+        return loss
+
+    def _learn(self, window: Window) -> None:
+        if self._selection is not None and self._selection.learn is not None:
+            ids = torch.cat([s.ids[s.index] for s in window.passes])
+            rises = torch.cat([s.rises for s in window.passes])
+            self._selection.learn(ids, rises, self.ranks.summed, self._memory, self.dataset_size)
 
     def _unit(self, window: Window) -> float | Tensor:
         """What the window's gradient is a multiple of: the loss scale, and its share where it ascends by itself."""
@@ -352,3 +415,14 @@ class TwoPass:
             self.ranks.abandon()
             self.space.clear_grads()
             raise
+
+
+def _check_takes_indices(run: RunPass, method: str) -> None:
+    """Refuse a pass that cannot run on some of its samples, where the method asks for that."""
+    try:
+        inspect.signature(run).bind(None)
+    except TypeError:
+        raise ValueError(
+            f"run_pass: method `{method}` runs a batch on some of its samples; let run_pass take their indices, such as "
+            "`def run_pass(indices=slice(None))`."
+        ) from None

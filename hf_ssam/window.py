@@ -1,0 +1,107 @@
+"""What a step remembers between its passes: each micro-batch as its first pass saw it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ranks import Ranks
+from .replay import RandomState, Replay
+from .tensors import Space, Vector
+from .watch import Sighting
+
+RunPass = Callable[..., Tensor]
+"""`() -> loss`, forward and backward; `(indices) -> loss` on some of its samples, for methods that select."""
+
+
+@dataclass
+class Seen:
+    """One micro-batch.
+
+    Attributes:
+        run: its pass.
+        rng: the generators as its first pass found them; None where they are not replayed.
+        ids: dataset indices of its samples, where the method asks for them.
+        index: which samples both passes run on; None: all.
+        sight: the first pass's call of the model, where the method looks.
+        rises: what the second pass's losses were above the first's, one a sample of `index`.
+        first, second, looks: cost of its passes and of forwards without gradient, as shares of its samples.
+    """
+
+    run: RunPass
+    rng: RandomState | None
+    ids: Tensor | None = None
+    index: Tensor | None = None
+    sight: Sighting | None = None
+    rises: Tensor | None = None
+    first: float = 1.0
+    second: float = 0.0
+    looks: float = 0.0
+
+    def rewind(self) -> None:
+        """Put the generators to where the first pass found them."""
+        if self.rng is not None:
+            self.rng.restore()
+
+
+@dataclass
+class Window:
+    """The passes that ascend together: all micro-batches of a step, or one of them under `micro_batch`."""
+
+    buffers_seen: Any
+    buffers_due: bool
+    loss_scale: float | Tensor | None
+    passes: list[Seen] = field(default_factory=list)
+    loss: Tensor | float = 0.0
+    share: float | Tensor = 0.0
+    anticipated: Vector = field(default_factory=dict)
+    examples: int = 0
+
+    def cost(self) -> tuple[float, float]:
+        """Forward-backward passes and forwards, each in units of the whole batch."""
+        n = len(self.passes)
+        passes = sum(s.first + s.second for s in self.passes) / n
+        if self.examples:
+            passes += self.examples / sum(s.sight.size for s in self.passes)
+        return passes, passes + sum(s.looks for s in self.passes) / n
+
+
+def squared_gradients(window: Window, space: Space, ranks: Ranks, replay: Replay) -> Callable[[Vector, int], Vector]:
+    """`(v, samples) -> Σ (∂ℓ_i)²` by one backward pass a sample, with its true label, at the weights as they are.
+
+    As many samples as asked for, of all ranks together, or what the step has. Nobody sees these passes: generators,
+    buffers and `.grad` are as before. Only the proportions of the result mean something: losses carry their scale and share.
+    """
+
+    def fisher(v: Vector, samples: int) -> Vector:
+        grads = {n: p.grad for n, p in space.params.items()}
+        total = {n: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for n, t in v.items()}
+        left = math.ceil(samples / ranks.world_size)
+        try:
+            with replay.rewound(window.buffers_seen):
+                for seen in window.passes:
+                    for i in range(min(left, seen.sight.size)):
+                        _add_square(total, seen, i, space, ranks)
+                        window.examples += 1
+                        left -= 1
+        finally:
+            for name, p in space.params.items():
+                p.grad = grads[name]
+        return {n: ranks.summed(t) for n, t in total.items()}
+
+    return fisher
+
+
+def _add_square(total: Vector, seen: Seen, i: int, space: Space, ranks: Ranks) -> None:
+    space.clear_grads()
+    seen.rewind()
+    with ranks.deferred():
+        seen.run(torch.tensor([i]))
+    grads = {n: g.to(total[n].dtype) for n, g in space.grads().items() if n in total}
+    squares = list(grads.values())
+    torch._foreach_addcmul_([total[n] for n in grads], squares, squares)
