@@ -2,12 +2,16 @@
 
 Full-batch gradient descent, USAM, SAM and SSAM train a small tanh network on 300 digits with the squared loss, for
 several learning rates η and radii ρ. While they train, the top eigenvalue λ₁ of the Hessian is measured and held
-against the edge that `hf_ssam.sharpness.edge_of_stability` predicts for that method at that moment:
+against the edge that `sharpness.edge_of_stability` predicts for that method at that moment:
 
-    GD 2/η      USAM and SAM ηλ(1 + ρ'λ) = 2, ρ' = ρ or ρ/‖g‖      SSAM 2/η again, and γηλ(1 + ρ'λ) = 2
+    GD   ηλ = 2        USAM   ηλ(1 + ρλ) = 2        SAM   ηλ(1 + ρλ/‖g‖) = 2        SSAM   γηλ(1 + ρλ/‖g‖) = 2
 
-    python examples/edge_of_stability.py                    # about ten minutes on one core
+with the ‖g‖ and the γ = ‖g‖/‖ĝ‖ of that moment. SSAM's edge lies between SAM's (γ = 1) and 2/η, to which it comes
+where the gradient lies along the top eigenvector.
+
+    python examples/edge_of_stability.py                    # about ten minutes on one idle core
     python examples/edge_of_stability.py --etas 0.4 --rhos 0.05 --output_dir edges
+    python examples/edge_of_stability.py --drawn_from edge_of_stability/runs.json    # table and figure again
 
 The plateau of a run is the median over its last 40 % of measurements; a run that never came within 5 % of its edge is
 reported as such and is not part of the tolerance.
@@ -33,7 +37,7 @@ TITLES = {
     "gd": "Gradient descent",
     "usam": "USAM: e = ρ g",
     "sam": "SAM: e = ρ g/‖g‖",
-    "ssam": "SSAM: SAM, d = ĝ ‖g‖/‖ĝ‖",
+    "ssam": "SSAM: SAM with d = γ ĝ",
 }
 RADIUS = {"usam": 4.0, "sam": 1.0, "ssam": 1.0}
 """What a ρ of the command line is multiplied by: e = ρ g is shorter than e = ρ g/‖g‖ wherever ‖g‖ < 1."""
@@ -115,16 +119,16 @@ def train(method: str, eta: float, rho: float, batch: dict[str, torch.Tensor], t
 
 
 def measure(run: Run, step: int, report, eigenvalue: float) -> None:
-    """Note the eigenvalue, the edge of the method at this ‖g‖, and its stability at this γ."""
+    """Note the eigenvalue, and the edge of the method at this ‖g‖ and γ."""
     name = "sgd" if run.method == "gd" else run.method
     norm, scale = report.grad_norm.item(), float(report.scale)
     run.steps.append(step)
     run.losses.append(report.loss.item())
     run.eigenvalues.append(eigenvalue)
     run.scales.append(scale)
-    run.edges.append(edge_of_stability(run.eta, run.rho, norm, name).edge)
-    exact = edge_of_stability(run.eta, run.rho, norm, name, scale=scale if name == "ssam" else None)
-    run.stabilities.append(exact.stability(eigenvalue))
+    edges = edge_of_stability(run.eta, run.rho, norm, name, scale=scale)
+    run.edges.append(edges.edge)
+    run.stabilities.append(edges.stability(eigenvalue))
 
 
 def table(runs: list[Run]) -> str:
@@ -157,10 +161,11 @@ def figure(runs: list[Run], etas: list[float], path: Path) -> None:
         row = [r for r in runs if r.eta == eta]
         for ax, (method, title) in zip(axes[i * len(TITLES) :], TITLES.items(), strict=False):
             panel(ax, [r for r in row if r.method == method], eta)
-            dress(ax, f"{title}\nη = {eta:g}", "step" if i == len(etas) - 1 else "", "λ₁" if method == "gd" else "")
+            y = f"λ₁ at η = {eta:g}" if method == "gd" else ""
+            dress(ax, title if i == 0 else "", "step" if i == len(etas) - 1 else "", y)
             ax.set_ylim(0, 1.25 * 2 / eta)
     axes[0].figure.suptitle(
-        "Top Hessian eigenvalue λ₁ (solid) and its predicted edge (dashed); grey: 2/η, the edge of gradient descent"
+        "Top Hessian eigenvalue λ₁ (broad) and its predicted edge (dashed); grey: 2/η, the edge of gradient descent"
     )
     save(axes[0], path)
 
@@ -170,9 +175,23 @@ def panel(ax, runs: list[Run], eta: float) -> None:
     ax.axhline(2 / eta, color="grey", linewidth=6, alpha=0.25)
     for color, run in zip(COLORS, runs, strict=False):
         label = f"ρ = {run.rho:g}" if run.rho else None
-        ax.plot(run.steps, run.eigenvalues, color=color, linewidth=1.3, label=label)
-        if run.method in ("usam", "sam"):
-            ax.plot(run.steps, run.edges, "--", color=color, linewidth=1)
+        ax.plot(run.steps, run.eigenvalues, color=color, linewidth=2.6, alpha=0.5, label=label)
+        if run.method != "gd":
+            ax.plot(run.steps, run.edges, "--", color=color, linewidth=1.1)
+
+
+def trained(args: argparse.Namespace) -> list[Run]:
+    """Every method at every η and ρ asked for."""
+    torch.set_num_threads(1)  # the network is too small to share out
+    batch = digits(args.digits)
+    plan = [("gd", eta, 0.0) for eta in args.etas]
+    plan += [(m, eta, rho * RADIUS[m]) for m in ("usam", "sam", "ssam") for eta in args.etas for rho in args.rhos]
+    return [train(*row, batch, args.time, args.checks) for row in tqdm(plan, desc="runs")]
+
+
+def drawn(path: Path) -> list[Run]:
+    """The runs that `runs.json` holds."""
+    return [Run(**run) for run in json.loads(path.read_text())]
 
 
 def main() -> None:
@@ -183,17 +202,14 @@ def main() -> None:
     parser.add_argument("--time", type=float, default=800.0, help="learning rate times steps")
     parser.add_argument("--checks", type=int, default=100, help="measurements a run")
     parser.add_argument("--digits", type=int, default=300)
+    parser.add_argument("--drawn_from", type=Path, help="a runs.json, instead of training")
     parser.add_argument("--output_dir", type=Path, default=Path("edge_of_stability"))
     args = parser.parse_args()
-    torch.set_num_threads(1)  # the network is too small to share out
-    batch = digits(args.digits)
-    plan = [("gd", eta, 0.0) for eta in args.etas]
-    plan += [(m, eta, rho * RADIUS[m]) for m in ("usam", "sam", "ssam") for eta in args.etas for rho in args.rhos]
-    runs = [train(*row, batch, args.time, args.checks) for row in tqdm(plan, desc="runs")]
+    runs = drawn(args.drawn_from) if args.drawn_from else trained(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "runs.json").write_text(json.dumps([asdict(r) for r in runs]))
     (args.output_dir / "table.md").write_text(table(runs) + "\n")
-    figure(runs, args.etas, args.output_dir / "edge_of_stability.png")
+    figure(runs, sorted({r.eta for r in runs}), args.output_dir / "edge_of_stability.png")
     print(table(runs))
 
 
