@@ -1,0 +1,142 @@
+"""`accelerate launch` with the shipped configurations, and what is refused when distribution cannot work."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+from hf_ssam import SSAMTrainer, TwoPass
+from hf_ssam.refusals import refuse_static_graph
+from tests.cases import Case, assert_identical, bert, case_arguments, text_data
+from tests.distributed.launching import HERE, ROOT, Runs, run
+
+pytestmark = pytest.mark.distributed
+
+CONFIGS = ROOT / "configs" / "accelerate"
+WORDS = ("a", "good", "bad", "fine", "dull", "film")
+
+
+def launched(config: str, *command: str):
+    return run([sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config), *command])
+
+
+def test_two_cpu_processes_do_what_torchrun_does(ddp: Runs, tmp_path):
+    """The worker asserts that there are two processes."""
+    done = launched("cpu_two_processes.yaml", str(HERE / "ddp_worker.py"), str(tmp_path), "equal/rank/ssam")
+    assert done.returncode == 0, done.stderr[-3000:]
+    runs = Runs(tmp_path, done.stderr)
+    for optim in ("sgd", "adamw_torch"):
+        name = f"equal/rank/ssam/{optim}"
+        for ours, theirs in zip(runs[name], ddp[name], strict=True):
+            assert_identical(ours["weights"], theirs["weights"])
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory) -> list[str]:
+    """The text classification script with a model of 16 dimensions and 16 rows of text."""
+    folder = tmp_path_factory.mktemp("example")
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(vocab_size=16, max_position_embeddings=32, **sizes))
+    model.save_pretrained(folder / "model")
+    BertTokenizer(str(vocabulary)).save_pretrained(folder / "model")
+    rows = [f"a {word} film,{word}" for word in WORDS[1:5]] * 4
+    (folder / "train.csv").write_text("\n".join(["text,label", *rows]))
+    given = {
+        "--model_name_or_path": folder / "model", "--train_file": folder / "train.csv",
+        "--validation_file": folder / "train.csv", "--output_dir": folder / "out", "--optim": "ssam",
+        "--num_train_epochs": 1, "--per_device_train_batch_size": 4, "--logging_steps": 1, "--report_to": "none",
+        "--disable_tqdm": "true", "--use_cpu": "true",
+    }  # fmt: skip
+    return [str(ROOT / "examples" / "run_text_classification.py"), *(str(w) for pair in given.items() for w in pair)]
+
+
+@pytest.mark.parametrize(("config", "processes"), [("cpu.yaml", 1), ("cpu_two_processes.yaml", 2)])
+@pytest.mark.parametrize("scope", ["global", "rank"])
+def test_the_example_runs_under_accelerate(example, config, processes, scope, tmp_path):
+    """16 rows in batches of 4 are 4 steps in one process and 2 in two."""
+    done = launched(config, *example, "--output_dir", str(tmp_path), "--ascent_scope", scope)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    steps = [e for e in log if "ssam/scale" in e]
+    assert len(steps) == 4 // processes
+    assert all(e["ssam/perturbed_steps"] == 1 and e["ssam/passes"] == 2 for e in steps)
+    BertForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "processes"),
+    [("cpu", "NO", 1), ("single_gpu", "NO", 1), ("multi_gpu", "MULTI_GPU", 2), ("fsdp2", "FSDP", 2)],
+)
+def test_the_other_configurations_are_read(name, kind, processes):
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    assert config.distributed_type == DistributedType(kind)
+    assert config.num_processes == processes
+    assert config.use_cpu == (name == "cpu")
+    assert {p.stem for p in CONFIGS.glob("*.yaml")} == {"cpu", "cpu_two_processes", "fsdp2", "multi_gpu", "single_gpu"}
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_static_graph_is_refused_where_passes_vary(group):
+    model = DistributedDataParallel(torch.nn.Linear(2, 1), static_graph=True)
+    refuse_static_graph(model, varies=False)
+    with pytest.raises(ValueError, match="ddp_static_graph: the graph is not static here.*leave ddp_static_graph off"):
+        refuse_static_graph(model, varies=True)
+    refuse_static_graph(DistributedDataParallel(torch.nn.Linear(2, 1)), varies=True)
+
+
+def test_an_error_before_the_first_forward_of_shards_shows_itself(group):
+    two_pass = TwoPass(fully_shard(torch.nn.Linear(2, 1)), "ssam", 0.1)
+
+    def broken() -> torch.Tensor:
+        raise KeyError("label")
+
+    with pytest.raises(KeyError, match="label"):
+        two_pass.step(broken)
+    assert not two_pass.is_open
+
+
+def test_layers_sharded_one_by_one_defer_their_reduction(group):
+    """Shards with no root in common: each of them is told to wait."""
+    layers = torch.nn.Sequential(*(fully_shard(torch.nn.Linear(3, 3)) for _ in range(2)))
+    two_pass = TwoPass(layers, "ssam", 0.1)
+    synchronised = []
+
+    def seen() -> torch.Tensor:
+        states = [layer._get_fsdp_state()._fsdp_param_groups[0].reduce_grads for layer in layers]
+        synchronised.append(states)
+        loss = layers(torch.ones(2, 3)).square().mean()
+        loss.backward()
+        return loss
+
+    two_pass.step([seen, seen])
+    assert synchronised == [[False, False], [True, True]] * 2
+
+
+def test_deepspeed_is_refused(monkeypatch):
+    trainer = SSAMTrainer(model=bert(), args=case_arguments(Case("ssam")), train_dataset=text_data())
+    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(
+        NotImplementedError, match="does not support DeepSpeed, which steps inside backward; use FSDP2"
+    ):
+        trainer._refuse_what_cannot_work()
