@@ -11,8 +11,9 @@ ImageNet weights, and without data 5,000 handwritten digits; neither needs a mod
 Batch normalisation is safe: the second pass of a method leaves the running statistics as the first one did.
 """
 
+import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
 
     with args.main_process_first(desc="reading the data"):
         rows = uses(load(data_args), data_args, args)
-    check_images(rows, data_args.image_column_name)
+    rows = undecoded(rows, data_args.image_column_name)
     rows, names = number_labels(rows, data_args.label_column_name)
     model, processor = load_model(model_args, names, data_args.image_size)
     transform = pixels(processor, data_args.image_column_name)
@@ -125,25 +126,40 @@ def _folder(place: Path) -> Dataset:
     return read_named("imagefolder", data_dir=str(place), drop_labels=False)["train"]
 
 
-def check_images(rows: dict[str, Dataset], column: str) -> None:
-    """Read the header of every image, which is quick.
+def undecoded(rows: dict[str, Dataset], column: str) -> dict[str, Dataset]:
+    """`rows` with each image as its file's path or bytes, after a look at the header of each, which is quick.
 
     Raises:
         UsageError: there is no such column, or something in it is no image.
     """
+    files = {}
     for use, split in rows.items():
         if not isinstance(split.features.get(column), Image):
             kinds = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in split.features.items())
             raise UsageError(
                 f"the {use} data has no images in column {column!r}, it has {kinds}: set --image_column_name"
             )
-        for number, image in enumerate(split.cast_column(column, Image(decode=False))[column], start=1):
-            source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
-            try:
-                PIL.Image.open(source).close()
-            except OSError as error:
-                name = image["path"] or f"{number} of the {use} data"
-                raise UsageError(f"the image {name} cannot be read: replace it or remove it") from error
+        files[use] = split.cast_column(column, Image(decode=False))
+        for image in files[use][column]:
+            with opened(image):
+                pass
+    return files
+
+
+@contextlib.contextmanager
+def opened(image: dict[str, Any]) -> Iterator[PIL.Image.Image]:
+    """The image of a file, or of its bytes.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
+    try:
+        with PIL.Image.open(source) as found:
+            yield found
+    except OSError as error:
+        name = image["path"] or "in the data set"
+        raise UsageError(f"the image {name} cannot be read ({error}): replace it or remove it") from error
 
 
 def number_labels(rows: dict[str, Dataset], column: str) -> tuple[dict[str, Dataset], list[str]]:
@@ -192,13 +208,12 @@ def load_model(
 def pixels(processor: BaseImageProcessor, column: str) -> Callable[[dict[str, list]], dict[str, Any]]:
     """Examples -> pixel values, of shape (n, 3, height, width), and ``labels``."""
 
+    def rgb(image: dict[str, Any]) -> np.ndarray:
+        with opened(image) as found:
+            return np.asarray(found.convert("RGB"))
+
     def transform(batch: dict[str, list]) -> dict[str, Any]:
-        try:
-            images = [np.asarray(image.convert("RGB")) for image in batch[column]]
-        except OSError as error:
-            raise UsageError(
-                f"an image is cut short ({error}): find it by `convert`, and replace or remove it"
-            ) from error
+        images = [rgb(image) for image in batch[column]]
         return {**processor(images, return_tensors="pt"), "labels": batch["labels"]}
 
     return transform
