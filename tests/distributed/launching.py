@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,9 +33,13 @@ def environment() -> dict[str, str]:
     return {**outside, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def run(command: Sequence[str], timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """Run `command` to its end."""
-    return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+def run(
+    command: Sequence[str], variables: Mapping[str, str] = MappingProxyType({}), timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
+    """Run `command` to its end, with `variables` over the `environment`."""
+    return subprocess.run(
+        command, env={**environment(), **variables}, cwd=ROOT, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def torchrun(worker: str, *argv: str) -> subprocess.CompletedProcess[str]:
