@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .report import StepReport
 
-FIELDS = ("loss", "ascent_loss", "grad_norm", "ascent_grad_norm", "perturbation_norm", "scale", "passes")
+FIELDS = ("loss", "ascent_loss", "grad_norm", "ascent_grad_norm", "perturbation_norm", "scale", "passes", "forwards")
 PREFIX = "ssam/"
 
 

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .micro_batches import MicroBatch
 from .replay import unchanged
+from .sample_ids import without_ids
 
 
 class LossCountMixin:
@@ -31,16 +33,24 @@ class LossCountMixin:
                 num_items = self._get_num_items_in_batch(batches, device)
         return batches, num_items
 
-    def _share(self, inputs: dict[str, Any], num_items: Tensor | int | None) -> float | Tensor:
+    def _share(self, run: MicroBatch, num_items: Tensor | int | None) -> float | Tensor:
         """The weight of this micro-batch's mean loss in the loss that the parent hands to backward."""
         if num_items is None or self.args.ascent_scope == "global":
-            return 1 / self.current_gradient_accumulation_steps
+            return run.weight / self.current_gradient_accumulation_steps
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return self._items(run.inputs) * ranks / num_items
+
+    def recounted(self, num_items: Tensor | int | None, whole: dict[str, Any], part: dict[str, Any]) -> Any:
+        """`num_items_in_batch` for a part of a micro-batch that stands for the whole of it."""
+        return num_items if num_items is None else num_items * self._items(part) / self._items(whole)
+
+    def _items(self, inputs: dict[str, Any]) -> Tensor:
+        """How many labels of `inputs` the loss counts."""
         if "shift_labels" in inputs:
             labels = inputs["shift_labels"]
         else:
             labels = inputs["labels"][..., 1:] if self._loss_shifts_labels else inputs["labels"]
-        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return labels.ne(-100).sum() * ranks / num_items
+        return labels.ne(-100).sum()
 
     def _loss_ignores_count(self, inputs: dict[str, Any]) -> bool:
         """Whether the model takes `num_items_in_batch` and does nothing with it.
@@ -50,6 +60,7 @@ class LossCountMixin:
         doubles.
         """
         alone = self.args.gradient_accumulation_steps == 1 and self.accelerator.num_processes == 1
+        alone = alone and self.args.num_micro_batches == 1
         if alone or not self.model_accepts_loss_kwargs or self.compute_loss_func is not None:
             return False
         model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
@@ -66,5 +77,5 @@ class LossCountMixin:
 
     def _unseen_loss(self, model: nn.Module, inputs: dict[str, Any], count: int) -> Tensor:
         with torch.no_grad(), unchanged(model), self.host_counters_kept(), self.compute_loss_context_manager():
-            prepared = self._prepare_inputs({**inputs})
+            prepared = self._prepare_inputs(without_ids(inputs))
             return self.compute_loss(model, prepared, num_items_in_batch=torch.tensor(count, device=self.args.device))

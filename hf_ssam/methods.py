@@ -58,6 +58,11 @@ class Rules:
         """Whether passes are run on some of a batch's samples."""
         return self.per_example or self.selection is not None
 
+    @property
+    def needs_ids(self) -> bool:
+        """Whether the method must know which sample of the data set is which."""
+        return self.selection is not None and self.selection.learn is not None
+
     def ascends(self, step: int) -> bool:
         """Whether step `step` (from 0) takes a second pass."""
         return self.period > 0 and step % self.period == 0

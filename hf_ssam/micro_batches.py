@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.distributed.fsdp import is_fsdp_managed_module
 
@@ -27,6 +29,7 @@ class MicroBatch:
         inputs: what the collator gave; each pass gets its own shallow copy, since `compute_loss` may pop from it.
         num_items: `num_items_in_batch` of the whole window.
         last: whether gradients are synchronised after it.
+        weight: its share of the batch that the parent was given, where that was split.
         passes: how often it has run.
     """
 
@@ -36,22 +39,79 @@ class MicroBatch:
     inputs: dict[str, Any]
     num_items: Tensor | int | None
     last: bool
+    weight: float = 1.0
     passes: int = 0
 
-    def __call__(self) -> Tensor:
-        """Forward and backward, as the parent does them; returns the loss it reports."""
+    def __call__(self, indices: Tensor | None = None) -> Tensor:
+        """Forward and backward, as the parent does them; returns the loss it reports.
+
+        Args:
+            indices: which samples to run on, shape (K,); None: all. Their loss stands for that of the whole micro-batch.
+        """
         self.passes += 1
-        with self.trainer.synchronized(self.model, self.last), self._uncounted():
-            return self.step(self.model, {**self.inputs}, self.num_items)
+        inputs, num_items = self.inputs, self.num_items
+        if indices is not None:
+            inputs = part_of(inputs, indices)
+            num_items = self.trainer.recounted(num_items, self.inputs, inputs)
+        self.trainer.two_pass.batch = inputs
+        with self.trainer.synchronized(self.model, self.last), self._uncounted(inputs), self._weighted():
+            return self.step(self.model, {**inputs}, num_items)
 
     @contextlib.contextmanager
-    def _uncounted(self) -> Iterator[None]:
+    def _uncounted(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """The parent counts the floating point operations of one pass over all of its inputs; we count the rest."""
+        flos = self.trainer.floating_point_ops
         if self.passes == 1:
             yield
+            self.trainer.current_flos += 0.0 if inputs is self.inputs else float(flos(inputs) - flos(self.inputs))
             return
         with self.trainer.host_counters_kept():
             yield
-        self.trainer.current_flos += float(self.trainer.floating_point_ops(self.inputs))
+        self.trainer.current_flos += float(flos(inputs))
+
+    @contextlib.contextmanager
+    def _weighted(self) -> Iterator[None]:
+        """The parent divides a mean loss by the number of micro-batches; a part of one counts by its size."""
+        whole = self.trainer.current_gradient_accumulation_steps
+        self.trainer.current_gradient_accumulation_steps = whole / self.weight if self.weight != 1 else whole
+        try:
+            yield
+        finally:
+            self.trainer.current_gradient_accumulation_steps = whole
+
+    def split(self, parts: int) -> list[MicroBatch]:
+        """This micro-batch in `parts` of nearly equal size; fewer where it has fewer samples."""
+        size = batch_size(self.inputs)
+        pieces = [piece for piece in torch.arange(size).tensor_split(parts) if len(piece)]
+        return [
+            dataclasses.replace(self, inputs=part_of(self.inputs, piece), weight=len(piece) / size) for piece in pieces
+        ]
+
+
+def batch_size(inputs: Mapping[str, Any]) -> int:
+    """Number of samples in a batch: the length of its labels, or of its first tensor."""
+    first = inputs["labels"] if "labels" in inputs else next(t for t in inputs.values() if isinstance(t, Tensor))
+    return len(first)
+
+
+def part_of(inputs: Mapping[str, Any], indices: Tensor) -> dict[str, Any]:
+    """The samples `indices` of a batch.
+
+    Raises:
+        ValueError: if a tensor's first dimension does not run over the samples, as with images packed into one row.
+    """
+    size, part = batch_size(inputs), {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.dim():
+            if len(value) != size:
+                raise ValueError(
+                    f"inputs: `{name}` has {len(value)} rows where the batch has {size} samples, so it cannot be cut into "
+                    "samples; choose a method and an ascent_scope that use whole micro-batches."
+                )
+            part[name] = value[indices.to(value.device)]
+        else:
+            part[name] = [value[i] for i in indices.tolist()] if isinstance(value, list) else value
+    return part
 
 
 class HostMixin:

@@ -94,6 +94,19 @@ def refuse_static_graph(model: nn.Module, varies: bool) -> None:
             )
 
 
+def refuse_static_shapes(trainer: Any, cuts: bool) -> None:
+    """Refuse a compiler that was told that all batches are of one size, where the method cuts them.
+
+    Raises:
+        ValueError: if shapes are static and `cuts` holds.
+    """
+    if cuts and trainer.args.torch_compile and not trainer.accelerator.state.dynamo_plugin.dynamic:
+        raise ValueError(
+            f"torch_compile: it is set to static shapes, and optim={trainer.args.optim} runs on parts of a batch; set "
+            "ACCELERATE_DYNAMO_USE_DYNAMIC=true in the environment, or leave torch_compile off."
+        )
+
+
 def refuse_empty(dataset: Any) -> None:
     """Refuse a training set with nothing in it.
 

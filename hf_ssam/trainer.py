@@ -8,11 +8,13 @@ a checkpoint and a log entry hold in addition.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import has_length
 
 from . import refusals
 from .callbacks import PREFIX, StepLog
@@ -22,13 +24,15 @@ from .methods import checked_rho
 from .micro_batches import HostMixin, MicroBatch
 from .model_card import ModelCardMixin
 from .parameters import trainable
+from .per_sample import per_sample_losses
 from .resuming import ResumeMixin
+from .sample_ids import SampleIdMixin, ids_of, without_ids
 from .schedules import first_ascent, is_ascent_step, rho_factor
 from .training_args import SSAMArgumentsMixin
 from .two_pass import TwoPass
 
 
-class SSAMTrainerMixin(HostMixin, LossCountMixin, ResumeMixin, ModelCardMixin):
+class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, ModelCardMixin):
     """Sharpness-aware training for any Trainer: `class MyTrainer(SSAMTrainerMixin, SFTTrainer): ...`.
 
     The constructor is the parent's. With `optim` a name in `hf_ssam.METHODS` every optimizer step uses the gradient
@@ -72,14 +76,34 @@ class SSAMTrainerMixin(HostMixin, LossCountMixin, ResumeMixin, ModelCardMixin):
         if self.two_pass is None:
             return super().training_step(model, inputs, num_items_in_batch)
         last = self.accelerator.sync_gradients
-        run = MicroBatch(self, super().training_step, model, inputs, num_items_in_batch, last)
+        ids, inputs = ids_of(inputs), without_ids(inputs)
+        whole = MicroBatch(self, super().training_step, model, inputs, num_items_in_batch, last)
         if not self.two_pass.is_open:
             self.two_pass.rho = self._rho_now()
             self.two_pass.begin(self._loss_scale())
-        loss = self.two_pass.first_pass(run, self._share(inputs, num_items_in_batch))
+        loss = 0.0
+        for run in [whole] if self.args.num_micro_batches == 1 else whole.split(self.args.num_micro_batches):
+            loss += self.two_pass.first_pass(run, self._share(run, num_items_in_batch), ids)
         if last:
             self._finish_step()
         return loss
+
+    def per_sample_loss(self, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
+        """The loss of each sample, shape (B,), for methods that select samples; override it for a loss of your own.
+
+        Args:
+            inputs: what the model was called with, by name, and the batch's `labels`.
+            outputs: what it returned.
+
+        Raises:
+            ValueError: if it is not known: a `compute_loss_func`, or outputs that do not tell.
+        """
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                f"compute_loss_func: optim={self.args.optim} needs the loss of each sample, which it does not give; override "
+                "`per_sample_loss` of the Trainer, or choose a method that selects no samples."
+            )
+        return per_sample_losses(self.accelerator.unwrap_model(self.model), inputs, outputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent's; an entry that carries the training loss carries the step reports since the last one too."""
@@ -105,7 +129,9 @@ class SSAMTrainerMixin(HostMixin, LossCountMixin, ResumeMixin, ModelCardMixin):
         self._rho_factor = rho_factor(args.rho_scheduler_type, max_steps)
         method = args.method()
         varies = args.ascent_interval > 1 or args.ascent_start > 0 or args.ascent_scope != "global"
-        refusals.refuse_static_graph(model, varies or method.rules().period != 1)
+        rules = method.rules()
+        refusals.refuse_static_graph(model, varies or rules.period != 1 or rules.takes_indices)
+        refusals.refuse_static_shapes(self, rules.takes_indices)
         self.two_pass = TwoPass(
             model,
             method,
@@ -115,6 +141,9 @@ class SSAMTrainerMixin(HostMixin, LossCountMixin, ResumeMixin, ModelCardMixin):
             parameters=refusals.same_parameters(trainable(model), self.optimizer),
             replay_rng=args.replay_rng,
             offload_snapshot=args.offload_snapshot,
+            per_sample_loss=self.per_sample_loss,
+            dataset_size=len(self.train_dataset) if has_length(self.train_dataset) else None,
+            total_steps=max_steps,
         )
         self._settings = Settings(method.name, method.values, checked_rho(args.rho, method), args.ascent_scope)
         self._step_log = StepLog()

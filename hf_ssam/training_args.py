@@ -61,6 +61,8 @@ class SSAMArgumentsMixin:
             `cosine`, `polynomial`, or `lr` (in step with the learning rate).
         ascent_scope (`str`, defaults to `"global"`): whose gradient the perturbation follows: that of the whole batch,
             of the `rank`, or of the `micro_batch` (mSAM).
+        num_micro_batches (`int`, defaults to 1): split each batch into that many parts which ascend by themselves; with
+            `ascent_scope="micro_batch"`, where there is no accumulation (mSAM's m).
         ascent_start (`float`, defaults to 0): first perturbed step; below 1 a ratio of the run.
         ascent_interval (`int`, defaults to 1): perturb every n-th step.
 
@@ -85,6 +87,9 @@ class SSAMArgumentsMixin:
     )
     ascent_scope: Literal[SCOPES] = field(  # type: ignore[valid-type]
         default="global", metadata={"help": "Whose gradient the perturbation follows; `micro_batch` is mSAM."}
+    )
+    num_micro_batches: int = field(
+        default=1, metadata={"help": "Split each batch into that many parts; with ascent_scope=micro_batch (mSAM)."}
     )
     ascent_start: float = field(
         default=0.0, metadata={"help": "First perturbed step; below 1 a ratio of the run, otherwise a step."}
@@ -173,7 +178,12 @@ class SSAMArgumentsMixin:
                 raise ValueError(f"{name}: `{getattr(self, name)}` does not exist; choose one of {listed}.")
         if not self.ascent_start >= 0:
             raise ValueError(f"ascent_start: {self.ascent_start} is not allowed; choose a ratio below 1, or a step.")
-        for name in ("ascent_interval", "sharpness_steps"):
+        if self.num_micro_batches > 1 and self.ascent_scope != "micro_batch":
+            raise ValueError(
+                f"num_micro_batches: {self.num_micro_batches} has no effect under ascent_scope={self.ascent_scope}; set "
+                "ascent_scope=micro_batch, or leave it at 1."
+            )
+        for name in ("ascent_interval", "sharpness_steps", "num_micro_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value} is not allowed; choose an integer from 1.")

@@ -60,6 +60,9 @@ class TwoPass:
         total_steps: length of the run, for methods that change over it.
         **options: the method's own options.
 
+    Attributes:
+        batch: what the pass at hand was given, where a host takes the labels out before the model sees them.
+
     Raises:
         ValueError: for an unknown method, option, scope or pattern, a value out of range, or a model without trainable
             parameters.
@@ -93,6 +96,11 @@ class TwoPass:
                 f"ascent_scope: under `{scope}` every rank would keep its own state of method `{self.method.name}`, and "
                 "they would drift apart; choose ascent_scope=global, or a method without state such as ssam."
             )
+        if self._rules.period != 1 and scope == "micro_batch":
+            raise ValueError(
+                f"ascent_scope: method `{self.method.name}` hands on one vector from step to step, which is not a "
+                "micro-batch's own; choose ascent_scope=global, or a method that takes both passes at each step."
+            )
         for check in self._rules.checks:
             check(self.space, self.perturbed)
         self._selection = self._rules.selection
@@ -101,7 +109,7 @@ class TwoPass:
                 f"replay_rng: method `{self.method.name}` compares losses of two passes, which mean nothing under different "
                 "dropout masks; leave replay_rng on."
             )
-        if self._selection is not None and self._selection.learn is not None and dataset_size is None:
+        if self._rules.needs_ids and dataset_size is None:
             raise ValueError(
                 f"dataset_size: method `{self.method.name}` keeps a score of each sample and needs their number; pass "
                 "dataset_size=len(dataset)."
@@ -110,6 +118,7 @@ class TwoPass:
         self._watch = self._new_watch(unwrapped(model), per_sample_loss) if self._rules.takes_indices else None
         self.offload_snapshot = offload_snapshot
         self.steps = 0
+        self.batch: Mapping[str, Any] = {}
         self._memory = Memory()
         self._replay = Replay(unwrapped(model), replay_rng)
         self._window: Window | None = None
@@ -250,7 +259,8 @@ class TwoPass:
     def _new_watch(self, model: nn.Module, per_sample_loss: PerSampleLoss | None) -> Watch:
         if self._selection is None:
             return Watch(model, None)
-        return Watch(model, per_sample_loss or partial(per_sample_losses, model))
+        losses_of = per_sample_loss or partial(per_sample_losses, model)
+        return Watch(model, losses_of, lambda: {n: t for n, t in self.batch.items() if n == "labels"})
 
     def _first(self, window: Window, run: RunPass, share: float | Tensor, samples: Tensor | None) -> Tensor:
         seen = Seen(run, self._replay.saw_rng(), samples)
@@ -355,12 +365,12 @@ class TwoPass:
         seen.rewind()
         loss, sight = self._run(seen.run, index)
         seen.second = seen.first if index is seen.index else len(index) / seen.sight.size
-        if self._selection is not None and self._selection.learn is not None:
+        if self._rules.needs_ids:
             seen.rises = sight.losses - seen.sight.losses
         return loss
 
     def _learn(self, window: Window) -> None:
-        if self._selection is not None and self._selection.learn is not None:
+        if self._rules.needs_ids:
             ids = torch.cat([s.ids[s.index] for s in window.passes])
             rises = torch.cat([s.rises for s in window.passes])
             self._selection.learn(ids, rises, self.ranks.summed, self._memory, self.dataset_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Sighting:
         losses: one a sample, shape (B,), where they were asked for.
         calls: how often the pass called the model.
         inputs: by name.
+        beside: what the losses need beside them.
         device: device type, for autocast.
         autocast: dtype that the call was cast to; None where autocast was off.
     """
@@ -36,6 +37,7 @@ class Sighting:
     losses: Tensor | None = None
     calls: int = 0
     inputs: dict[str, Any] | None = None
+    beside: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     autocast: torch.dtype | None = None
 
@@ -46,10 +48,16 @@ class Watch:
     Args:
         model: the model, unwrapped.
         losses_of: its per-sample losses; None: only sizes are seen.
+        beside: what the losses need beside the model's inputs: labels that a host took out.
     """
 
-    def __init__(self, model: nn.Module, losses_of: PerSampleLoss | None):
-        self._model, self._losses_of = model, losses_of
+    def __init__(
+        self,
+        model: nn.Module,
+        losses_of: PerSampleLoss | None,
+        beside: Callable[[], Mapping[str, Any]] = dict,
+    ):
+        self._model, self._losses_of, self._beside = model, losses_of, beside
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Sighting]:
@@ -76,7 +84,7 @@ class Watch:
         """The losses of the call in `seen`, where the weights are now: one forward without gradient."""
         cast = torch.autocast(seen.device, seen.autocast or torch.bfloat16, enabled=seen.autocast is not None)
         with torch.no_grad(), cast:
-            return self._losses_of(seen.inputs, self._model(**seen.inputs)).detach()
+            return self._losses_of({**seen.beside, **seen.inputs}, self._model(**seen.inputs)).detach()
 
     def _saw(self, seen: Sighting, args: tuple, kwargs: dict[str, Any], outputs: Any) -> None:
         seen.calls += 1
@@ -87,4 +95,5 @@ class Watch:
             seen.autocast = torch.get_autocast_dtype(seen.device)
         if self._losses_of is not None:
             with torch.no_grad():
-                seen.losses = self._losses_of(seen.inputs, outputs).detach()
+                seen.beside = self._beside()
+                seen.losses = self._losses_of({**seen.beside, **seen.inputs}, outputs).detach()

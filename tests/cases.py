@@ -25,7 +25,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_ssam import METHODS, SSAMTrainer, SSAMTrainingArguments
+from hf_ssam import METHODS, SSAMTrainer, SSAMTrainingArguments, get_method
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Case:
     @property
     def id(self) -> str:
         return "-".join([self.method, *(f"{n}={v}" for n, v in self.options.items())])
+
+    @property
+    def ascends_alone(self) -> bool:
+        """Whether each micro-batch can ascend by itself (mSAM); the engine refuses it where not."""
+        return get_method(self.method, **self.options).rules().period == 1
 
     @property
     def optim_args(self) -> str | None:
