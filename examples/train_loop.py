@@ -25,7 +25,7 @@ from hf_ssam import METHODS, TwoPass
 
 def main(flags: argparse.Namespace) -> None:
     """Train, evaluate, save, and print one results line."""
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())  # untold, it runs alone in each CPU process
     set_seed(flags.seed)
     path = flags.model_name_or_path or str(offline.minilm())
     tokenizer = AutoTokenizer.from_pretrained(path)
