@@ -113,7 +113,7 @@ def _renormalize(default: bool) -> dict[str, Option]:
 
 RENORMALIZE = _renormalize(False)
 NORMALIZE = {"normalize": Option(True, "e = ρ g/‖g‖; false gives e = ρ g, the form of the SSAM paper")}
-ADAPTIVE = {"adaptive": Option(False, "the geometry of ASAM: T = |w| + η")}
+ADAPTIVE = {"adaptive": Option(False, "the geometry of ASAM: T = |w| + η; ρ is then 0.5 unless you say otherwise")}
 ETA = {"eta": Option(0.01, "η in T = |w| + η (official ASAM code)", 0.0)}
 WEIGHTS_ONLY = {"weights_only": Option(False, "T on parameters named `weight` only, as the official ASAM code has it")}
 
@@ -374,7 +374,9 @@ def get_method(name: str, **options: Any) -> Method:
     if name not in METHODS:
         raise ValueError(f"optim: there is no method `{name}`; choose one of {', '.join(METHODS)}.")
     method = METHODS[name]
-    chosen = replace(method, values=MappingProxyType(read_options(name, method.options, options)))
+    values = read_options(name, method.options, options)
+    rho = METHODS["asam"].rho if values.get("adaptive") else method.rho
+    chosen = replace(method, values=MappingProxyType(values), rho=rho)
     chosen.rules()
     return chosen
 

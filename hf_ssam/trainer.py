@@ -60,6 +60,10 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
         self._step_log = StepLog()
         if self.args.is_sharpness_aware:
             self._refuse_what_cannot_work()
+        if self.args.sharpness_steps is not None:
+            from .sharpness_callback import SharpnessCallback  # scipy is an extra
+
+            self.add_callback(SharpnessCallback(self))
 
     def get_optimizer_cls_and_kwargs(self, args: Any, model: nn.Module | None = None) -> tuple[Any, Any]:
         """The base optimizer's class and arguments; `adasam` brings its own."""

@@ -308,3 +308,16 @@ def test_fp16_without_a_scaler_is_said():
     args.fp16 = True
     with pytest.warns(UserWarning, match="fp16=True has no effect on this device"):
         SSAMTrainer(model=bert(), args=args, train_dataset=text_data())
+
+
+def test_sharpness_steps_watch_the_curvature_and_change_nothing():
+    watched = trained(bert(), arguments(optim="ssam", sharpness_steps=2), text_data())
+    plain = trained(bert(), arguments(optim="ssam"), text_data())
+    assert_identical(weights(plain.model), weights(watched.model))
+    measured = [e["step"] for e in watched.state.log_history if "sharpness/top_eigenvalue" in e]
+    assert measured == [0, 2, 4]
+
+
+def test_the_adaptive_geometry_has_a_radius_of_its_own():
+    trainer = trained(bert(), arguments(optim="ssam", optim_args="adaptive=true", max_steps=1), text_data())
+    assert trainer.two_pass.rho == 0.5
