@@ -82,8 +82,8 @@ def layerwise(by_weight: bool) -> Rule:
     """Each tensor by itself: `u_l = ‖w_l‖ v_l / ‖v_l‖`, or without `‖w_l‖`. A layer here is a parameter tensor.
 
     The layer-wise form of LookSAM (Liu et al. 2022, arXiv 2203.02714). Which of the two the paper has could not be
-    read at its source: public code has the plain one (NVIDIA PhysicsNeMo), from memory the paper has the weighted one, as
-    LARS and LAMB do, and one public re-implementation has `min(20, ‖w_l‖/‖g_l‖) g_l/‖g‖`.
+    read at its source: public code has the plain one (NVIDIA PhysicsNeMo), from memory the paper has the weighted one,
+    as LARS and LAMB do, and one public re-implementation has `min(20, ‖w_l‖/‖g_l‖) g_l/‖g‖`.
 
     Args:
         by_weight: whether `‖w_l‖` enters: ρ is then relative to each tensor, and a tensor of zeros stays where it is.

@@ -4,10 +4,12 @@
     dynamic    M drops its smallest |g| and grows at random, as in sparse training         (the same paper)
     tensor     whole tensors, by their mean F                                    (Mi et al. 2023, arXiv 2306.17504)
     N:M        of every M coordinates that meet in a product, the N with the largest F     (the same paper)
-    random     each coordinate with probability β, divided by β: E[u] = v     (ESAM's SWP, Du et al. 2022, arXiv 2110.03141)
+    random     each coordinate with probability β, divided by β: E[u] = v     (ESAM's SWP, Du et al. 2022, arXiv
+    2110.03141)
 
-`v` is normalised by the norm of all of it beforehand and not again, so that `‖e‖ ≤ ρ`, as in the official code. Masks come from
-reduced gradients and from seeds that the step alone determines: ranks and shards agree on them without a word.
+`v` is normalised by the norm of all of it beforehand and not again, so that `‖e‖ ≤ ρ`, as in the official code. Masks
+come from reduced gradients and from seeds that the step alone determines: ranks and shards agree on them without a
+word.
 """
 
 from __future__ import annotations
@@ -130,10 +132,11 @@ def uniform(v: Vector, at: At, seed: int) -> Vector:
 
 
 def largest(space: Space, scores: Vector, keep: int, among: Vector | None = None) -> Vector:
-    """The mask of the `keep` largest scores, over all tensors and shards: exactly as many, ties to those that come first.
+    """The mask of the `keep` largest scores, over all tensors and shards: exactly as many, ties to those that come
+    first.
 
-    Non-negative floats are ordered as the integers that their bits spell. So the threshold is found in 31 halvings, each a
-    count over all shards, without sorting and without the host.
+    Non-negative floats are ordered as the integers that their bits spell. So the threshold is found in 31 halvings,
+    each a count over all shards, without sorting and without the host.
 
     Args:
         space: the parameters that the scores belong to.
@@ -170,8 +173,8 @@ def n_of_m(score: Tensor, n: int, m: int, transposed: bool = False) -> Tensor:
     """The mask with the `n` largest of every `m` neighbours among the inputs of each output.
 
     Args:
-        score: of a weight (out, in, ...): a convolution's inputs are flattened as its matrix product has them; vectors are
-            kept whole.
+        score: of a weight (out, in, ...): a convolution's inputs are flattened as its matrix product has them; vectors
+            are kept whole.
         n: kept in each group.
         m: size of a group; divides the number of inputs.
         transposed: whether the weight is (in, out, ...).

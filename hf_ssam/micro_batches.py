@@ -46,7 +46,8 @@ class MicroBatch:
         """Forward and backward, as the parent does them; returns the loss it reports.
 
         Args:
-            indices: which samples to run on, shape (K,); None: all. Their loss stands for that of the whole micro-batch.
+            indices: which samples to run on, shape (K,); None: all. Their loss stands for that of the whole
+                micro-batch.
         """
         self.passes += 1
         inputs, num_items = self.inputs, self.num_items

@@ -19,8 +19,8 @@ IGNORED = -100
 def per_sample_losses(model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
     """One loss a sample, shape (B,), float32, without gradient.
 
-    Knows sequence and image classification (one label or several), regression, token classification, masked, causal and
-    sequence-to-sequence language models.
+    Knows sequence and image classification (one label or several), regression, token classification, masked, causal
+    and sequence-to-sequence language models.
 
     Args:
         model: the model, unwrapped.

@@ -1,7 +1,7 @@
 """Whether low-precision weights can hold the perturbation at all.
 
 Spacing of bfloat16 near 0.02 is 1.2e-4, while ρ = 0.05 over 1e8 weights is about 5e-6 a coordinate: `w + e` rounds
-back to `w`, the second pass repeats the first, and the run is plain training at twice the price (FIELD.md, row 15).
+back to `w`, the second pass repeats the first, and the run is plain training at twice the price.
 """
 
 from __future__ import annotations

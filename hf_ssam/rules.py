@@ -2,7 +2,8 @@
 
 `ascent` rules turn the gradient `g` into the direction `u` of the perturbation `e = ρ u`; `descent` rules turn the
 second gradient `ĝ` into the gradient `d` that the optimizer sees. Both are `(v, at) -> v`, so a method is a chain of
-them and a new paper is one more function. A rule keeps nothing itself: what must survive the step goes through `at.memory`.
+them and a new paper is one more function. A rule keeps nothing itself: what must survive the step goes through
+`at.memory`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """Which samples: rules that pick the part of a batch that a pass runs on.
 
-    ESAM    pass 1 on B, pass 2 on the γ|B| samples whose loss rises most at w + e     (Du et al. 2022, arXiv 2110.03141)
-    AUSAM   both passes on α|B| samples, drawn by how much their losses have risen so far  (Deng et al. 2024, 2406.08001)
+    ESAM    pass 1 on B, pass 2 on the γ|B| samples whose loss rises most at w + e     (Du et al. 2022, arXiv
+    2110.03141) AUSAM   both passes on α|B| samples, drawn by how much their losses have risen so far  (Deng et al.
+    2024, 2406.08001)
 
-They select within each micro-batch, and compare losses only between forwards of the same samples under the same dropout.
+They select within each micro-batch, and compare losses only between forwards of the same samples under the same
+dropout.
 """
 
 from __future__ import annotations
@@ -67,10 +69,10 @@ def sharpest(gamma: float) -> Callable[[Tensor, Tensor], Tensor]:
 def by_rise(alpha: float, s_min: float, s_max: float, seed: int) -> Callable[[Draw], Tensor]:
     """`⌈α B⌉` samples without replacement, with weights from `s_min` to `s_max` by their average rise so far.
 
-    `p_i = s_min + (s_max − s_min)(a_i − min a)/(max a − min a)`, all `s_max` where the a are equal; a sample never seen
-    counts as the batch's largest. The form is ours: the paper's own could not be read (its abstract says that samples
-    are drawn by an average difference of losses). Drawn as the largest p_i / E_i with E_i exponential, which is drawing
-    one after the other without replacement, and asks nothing of the host.
+    `p_i = s_min + (s_max − s_min)(a_i − min a)/(max a − min a)`, all `s_max` where the a are equal; a sample never
+    seen counts as the batch's largest. The form is ours: the paper's own could not be read (its abstract says that
+    samples are drawn by an average difference of losses). Drawn as the largest p_i / E_i with E_i exponential, which
+    is drawing one after the other without replacement, and asks nothing of the host.
     """
 
     def before(draw: Draw) -> Tensor:

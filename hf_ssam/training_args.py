@@ -16,7 +16,7 @@ from .ranks import SCOPES
 from .schedules import RHO_SCHEDULES
 
 # HfArgumentParser narrows `OptimizerNames | str` to the enum and takes its values as choices, so the field needs an
-# enum that has our names too (FIELD.md, 2.4).
+# enum that has our names too.
 SSAMOptimizerNames = ExplicitEnum(
     "SSAMOptimizerNames",
     {**{name.upper(): name for name in METHODS}, **{o.name: o.value for o in OptimizerNames}},
@@ -61,8 +61,8 @@ class SSAMArgumentsMixin:
             `cosine`, `polynomial`, or `lr` (in step with the learning rate).
         ascent_scope (`str`, defaults to `"global"`): whose gradient the perturbation follows: that of the whole batch,
             of the `rank`, or of the `micro_batch` (mSAM).
-        num_micro_batches (`int`, defaults to 1): split each batch into that many parts which ascend by themselves; with
-            `ascent_scope="micro_batch"`, where there is no accumulation (mSAM's m).
+        num_micro_batches (`int`, defaults to 1): split each batch into that many parts which ascend by themselves;
+            with `ascent_scope="micro_batch"`, where there is no accumulation (mSAM's m).
         ascent_start (`float`, defaults to 0): first perturbed step; below 1 a ratio of the run.
         ascent_interval (`int`, defaults to 1): perturb every n-th step.
 

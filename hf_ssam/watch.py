@@ -1,7 +1,7 @@
 """Sees a model being called: how many samples, their losses, and the call itself, to make it once more.
 
-Works on the module inside DistributedDataParallel: a second look is a forward without gradient, which must not make DDP
-broadcast buffers or count a pass.
+Works on the module inside DistributedDataParallel: a second look is a forward without gradient, which must not make
+DDP broadcast buffers or count a pass.
 """
 
 from __future__ import annotations

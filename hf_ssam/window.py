@@ -75,7 +75,8 @@ def squared_gradients(window: Window, space: Space, ranks: Ranks, replay: Replay
     """`(v, samples) -> Σ (∂ℓ_i)²` by one backward pass a sample, with its true label, at the weights as they are.
 
     As many samples as asked for, of all ranks together, or what the step has. Nobody sees these passes: generators,
-    buffers and `.grad` are as before. Only the proportions of the result mean something: losses carry their scale and share.
+    buffers and `.grad` are as before. Only the proportions of the result mean something: losses carry their scale and
+    share.
     """
 
     def fisher(v: Vector, samples: int) -> Vector:

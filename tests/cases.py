@@ -191,7 +191,7 @@ def trained(model: nn.Module, args: TrainingArguments, data: list, cls: type = S
 
 
 class MendedTrainer(Trainer):
-    """The stock Trainer, told what it cannot see: the loss of `bert` ignores `num_items_in_batch` (DESIGN.md, facts)."""
+    """The stock Trainer, told what it cannot see: the loss of `bert` ignores `num_items_in_batch`."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -1,7 +1,7 @@
 """Each method the slow way: float64, one flat vector, straight from its equation. Nothing of hf_ssam is used here.
 
-A reference is `(g, w, state, **options) -> d` on flat vectors: `w` the weights, `g(w)` the gradient there as a function,
-`state` a dictionary it may keep. Options have the names and defaults of the table.
+A reference is `(g, w, state, **options) -> d` on flat vectors: `w` the weights, `g(w)` the gradient there as a
+function, `state` a dictionary it may keep. Options have the names and defaults of the table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Gradient = Callable[[Tensor], Tensor]
 
 
 def _renormalized(g: Tensor, d: Tensor, max_scale: float) -> Tensor:
-    """ALGORITHMS.md 1: γ = min(max_scale, ‖g‖/(‖d‖ + 1e-12))."""
+    """SSAM (arXiv 2401.07250): γ = min(max_scale, ‖g‖/(‖d‖ + 1e-12))."""
     return min(max_scale, (g.norm() / (d.norm() + 1e-12)).item()) * d
 
 
@@ -52,7 +52,7 @@ def _unit(v: Tensor) -> Tensor:
 
 
 def friendly_sam(gradient: Gradient, w: Tensor, state: dict, rho: float, **o: Any) -> Tensor:
-    """ALGORITHMS.md 3: q = g − σ m before or after m is updated; the first step perturbs along g."""
+    """Friendly SAM (arXiv 2403.12350): q = g − σ m before or after m is updated; the first step perturbs along g."""
     sigma, lam = o.get("sigma", 1.0), o.get("lam", 0.9)
     g = gradient(w)
     if "m" not in state:
@@ -65,7 +65,7 @@ def friendly_sam(gradient: Gradient, w: Tensor, state: dict, rho: float, **o: An
 
 
 def vasso(gradient: Gradient, w: Tensor, state: dict, rho: float, *, theta: float = 0.9, **o: Any) -> Tensor:
-    """ALGORITHMS.md 12."""
+    """VaSSO (arXiv 2309.15639): e = ρ d/‖d‖ with d ← (1 − θ) d + θ g."""
     g = gradient(w)
     state["d"] = (1 - theta) * state["d"] + theta * g if "d" in state else g
     return _descended(gradient(w + rho * _unit(state["d"])), g, o)
@@ -82,7 +82,7 @@ def looksam(
     ascent: Any = None,
     **o: Any,
 ) -> Tensor:
-    """ALGORITHMS.md 9, with global norms."""
+    """LookSAM (arXiv 2203.02714), with global norms."""
     t = state["t"] = state.get("t", -1) + 1
     g = gradient(w)
     if t % k:
@@ -105,21 +105,21 @@ def look_layersam(gradient: Gradient, w: Tensor, state: dict, rho: float, *, siz
 
 
 def gsam(gradient: Gradient, w: Tensor, state: dict, rho: float, *, alpha: float = 0.4, **o: Any) -> Tensor:
-    """ALGORITHMS.md 12: d = ĝ − α g⊥."""
+    """GSAM (arXiv 2203.08065): d = ĝ − α g⊥."""
     g = gradient(w)
     second = gradient(w + rho * _unit(g))
     return _descended(second - alpha * (g - (g @ second) / (second @ second) * second), g, o)
 
 
 def wsam(gradient: Gradient, w: Tensor, state: dict, rho: float, *, gamma: float = 0.9, **o: Any) -> Tensor:
-    """ALGORITHMS.md 12, coupled."""
+    """WSAM (arXiv 2305.15817), coupled."""
     kappa = gamma / (1 - gamma)
     g = gradient(w)
     return _descended((1 - kappa) * g + kappa * gradient(w + rho * _unit(g)), g, o)
 
 
 def momentum_sam(gradient: Gradient, w: Tensor, state: dict, rho: float, *, momentum: float = 0.9, **o: Any) -> Tensor:
-    """ALGORITHMS.md 12: the gradient at w − ρ v/‖v‖, v = μ v + g."""
+    """Momentum-SAM (arXiv 2401.12033): the gradient at w − ρ v/‖v‖, v = μ v + g."""
     v = state.get("v", torch.zeros_like(w))
     g = gradient(w - rho * _unit(v))
     state["v"] = momentum * v + g

@@ -125,7 +125,7 @@ def distance_after(method: str, lr: float, steps: int, rho: float, **options) ->
 
 
 def test_usam_diverges_where_its_edge_says():
-    """ηλ(1 + ρλ) = 2 with λ = 4, ρ = 0.3 (ALGORITHMS.md 1): η* = 0.22727."""
+    """ηλ(1 + ρλ) = 2 with λ = 4, ρ = 0.3: η* = 0.22727."""
     edge = 2 / (4 * (1 + 0.3 * 4))
     assert distance_after("usam", 0.99 * edge, 800, 0.3) < 1e-4
     assert distance_after("usam", 1.01 * edge, 800, 0.3) > 1.0
@@ -139,7 +139,7 @@ def test_unnormalised_ssam_keeps_the_edge_of_gradient_descent():
 
 
 def test_normalised_sam_ends_in_the_cycle_of_its_closed_form():
-    """1-d quadratic: amplitude ηλρ/(2 − ηλ) (ALGORITHMS.md 1): 0.042857 for η = 0.2, λ = 3, ρ = 0.1."""
+    """1-d quadratic: amplitude ηλρ/(2 − ηλ): 0.042857 for η = 0.2, λ = 3, ρ = 0.1."""
     model, run = diagonal_quadratic([3.0], 0.5)
     engine, optimizer = TwoPass(model, "sam", 0.1), torch.optim.SGD(model.parameters(), lr=0.2)
     for _ in range(400):
@@ -161,7 +161,7 @@ def test_ssam_is_gradient_descent_on_a_one_dimensional_quadratic():
 
 @pytest.mark.parametrize(("rho", "steps"), [(0.05, (54, 53)), (0.2, (80, 65)), (0.4, (233, 83)), (0.45, (463, 88))])
 def test_ssam_leaves_a_saddle_sooner_than_usam(rho, steps):
-    """x² − y² from (0.5, 0.01), η = 0.05, steps to |y| > 1: the table of ALGORITHMS.md 1."""
+    """x² − y² from (0.5, 0.01), η = 0.05, steps to |y| > 1, counted by hand in float64."""
 
     def steps_to_leave(method: str, **options) -> int:
         w = nn.Parameter(torch.tensor([0.5, 0.01]).double())
