@@ -44,10 +44,14 @@ def per_sample_losses(model: nn.Module, inputs: Mapping[str, Any], outputs: Any)
 
 
 def shifts_labels(model: nn.Module) -> bool:
-    """Whether position t of the logits is compared with label t + 1, as the Trainer decides it."""
+    """Whether position t of the logits is compared with label t + 1.
+
+    Transformers takes the causal loss for a model whose class name tells of none, such as `GPT2LMHeadModel`.
+    """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    loss_type = getattr(model, "loss_type", "none of transformers")
+    return loss_type is None or LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
 
 
 def _of_floats(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
     """
 
     two_pass: TwoPass | None = None
+    _window_flos = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any):
         refusals.refuse_host(type(self))
@@ -81,6 +82,7 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
             return super().training_step(model, inputs, num_items_in_batch)
         last = self.accelerator.sync_gradients
         ids, inputs = ids_of(inputs), without_ids(inputs)
+        self._window_flos += float(self.floating_point_ops(inputs))
         whole = MicroBatch(self, super().training_step, model, inputs, num_items_in_batch, last)
         if not self.two_pass.is_open:
             self.two_pass.rho = self._rho_now()
@@ -183,6 +185,9 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
         """Close the window; a step that is not finite must not be applied, nor move the scheduler."""
         report = self.two_pass.finish()
         self._step_log.add(report)
+        # A backward pass costs two forwards, as `floating_point_ops` has it.
+        self.current_flos += self._window_flos * (report.forwards - report.passes) / 3
+        self._window_flos = 0.0
         if self.accelerator.scaler is None:
             skipped = bool(report.skipped)
             if skipped:

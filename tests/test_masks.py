@@ -149,7 +149,9 @@ def test_the_perturbation_is_never_longer_than_the_radius(options):
 def test_without_sparsity_it_is_sam_and_with_all_of_it_the_base_optimizer():
     for options in ({}, {"mask": "dynamic"}):
         assert_identical(weights(trajectory("sparse_sam", sparsity=0.0, **options)[0]), weights(trajectory("sam")[0]))
-        assert_identical(weights(trajectory("sparse_sam", sparsity=1.0, **options)[0]), weights(trajectory("sam", 0.0)[0]))
+        assert_identical(
+            weights(trajectory("sparse_sam", sparsity=1.0, **options)[0]), weights(trajectory("sam", 0.0)[0])
+        )
 
 
 def test_the_fisher_mask_is_that_of_the_single_gradients():
@@ -210,7 +212,9 @@ def test_bad_options_are_refused(options, message):
 
 def test_groups_that_do_not_divide_are_refused_before_any_pass():
     model, _ = regression()
-    with pytest.raises(ValueError, match="groups of 4 do not divide the 3 inputs of `0.weight`; choose an M that does"):
+    with pytest.raises(
+        ValueError, match="groups of 4 do not divide the 3 inputs of `0.weight`; choose an M that does"
+    ):
         TwoPass(model, "sparse_sam", structure="2:4")
 
 

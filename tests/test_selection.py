@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
+from itertools import dropwhile
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
-from hf_ssam import TwoPass
+from hf_ssam import SSAMTrainer, TwoPass
 from hf_ssam.rules import Memory
 from hf_ssam.selection import Draw, average_rise, by_rise, sharpest
-from tests.cases import assert_identical, weights
+from tests.cases import (
+    Case,
+    assert_close,
+    assert_identical,
+    bert,
+    case_arguments,
+    gpt2,
+    lm_data,
+    text_data,
+    trained,
+    weights,
+)
 
 
 class Classifier(nn.Module):
@@ -56,9 +69,7 @@ def trajectory(method: str, rho: float = 0.1, dropout: float = 0.0, **options) -
     return model, engine, reports
 
 
-@pytest.mark.parametrize(
-    ("method", "options"), [("esam", {"beta": 1.0, "gamma": 1.0}), ("ausam", {"alpha": 1.0})]
-)
+@pytest.mark.parametrize(("method", "options"), [("esam", {"beta": 1.0, "gamma": 1.0}), ("ausam", {"alpha": 1.0})])
 def test_with_all_samples_kept_it_is_sam_bit_for_bit(method, options):
     expected = weights(trajectory("sam", dropout=0.3)[0])
     assert_identical(weights(trajectory(method, dropout=0.3, **options)[0]), expected)
@@ -208,3 +219,170 @@ def test_a_model_without_labels_is_refused_and_a_loss_of_ones_own_helps():
     model.zero_grad()
     engine = TwoPass(model, "esam", 0.1, per_sample_loss=lambda inputs, outputs: outputs.square().mean(1))
     assert engine.step(run).passes == 1.5
+
+
+SELECTS = (Case("esam", {"gamma": 0.5}), Case("ausam", {"alpha": 0.5}))
+
+
+def sizes_seen(trainer_cls: type = SSAMTrainer, case: Case = SELECTS[0], model=None, rows=None, **given) -> tuple:
+    """A run, and the sizes of the batches that the model was called with, forwards without gradient negative.
+
+    Those before the first step, which ask whether the loss heeds its count, are left out.
+    """
+    model, sizes = model or bert(0.0), []
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: sizes.append(len(kwargs["input_ids"]) * (1 if torch.is_grad_enabled() else -1)),
+        with_kwargs=True,
+    )
+    trainer = trained(model, case_arguments(case, **given), rows or text_data(), cls=trainer_cls)
+    return trainer, list(dropwhile(lambda n: n < 0, sizes))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_trainer_pays_and_logs_what_the_formula_says(accumulation):
+    given = {"gradient_accumulation_steps": accumulation, "max_steps": 2, "model": gpt2(), "rows": lm_data()}
+    esam, sizes = sizes_seen(case=SELECTS[0], **given)
+    assert sizes == ([8] * accumulation + [-8, 4] * accumulation) * 2
+    assert esam.state.log_history[-1]["ssam/total_passes"] == 3
+    assert esam.state.log_history[0]["ssam/forwards"] == 2.5
+    given["model"] = gpt2()
+    ausam, sizes = sizes_seen(case=SELECTS[1], **given)
+    assert sizes == [4] * 4 * accumulation
+    plain = trained(
+        gpt2(), case_arguments(Case("sam", rho=0.0), max_steps=2, gradient_accumulation_steps=accumulation), lm_data()
+    )
+    assert ausam.state.total_flos == pytest.approx(plain.state.total_flos)
+    assert esam.state.total_flos == pytest.approx(plain.state.total_flos * (1.5 + 1 / 3))
+
+
+@pytest.mark.parametrize(
+    "case", (Case("esam", {"beta": 1.0, "gamma": 1.0}), Case("ausam", {"alpha": 1.0})), ids=lambda c: c.id
+)
+def test_with_all_samples_kept_the_trainer_runs_sam_bit_for_bit(case):
+    runs = (
+        trained(bert(), case_arguments(c, gradient_accumulation_steps=2), text_data()) for c in (case, Case("sam"))
+    )
+    assert_identical(*(weights(t.model) for t in runs))
+
+
+@pytest.mark.parametrize(
+    "case", (*SELECTS, Case("sparse_sam"), Case("sparse_sam", {"mask": "dynamic"})), ids=lambda c: c.id
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_resumes_bit_for_bit(case, workers, tmp_path):
+    def arguments_for(folder: str, **given):
+        return case_arguments(
+            case, output_dir=str(tmp_path / folder), max_steps=4, save_strategy="steps", save_steps=2,
+            dataloader_num_workers=workers, gradient_accumulation_steps=2, lr_scheduler_type="constant", **given,
+        )  # fmt: skip
+
+    whole = trained(bert(), arguments_for("whole"), text_data())
+    again = SSAMTrainer(model=bert(seed=7), args=arguments_for("again"), train_dataset=text_data())
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert_identical(weights(whole.model), weights(again.model))
+
+
+@pytest.mark.parametrize("wrap", [list, Dataset.from_list], ids=["list", "datasets"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_scores_belong_to_the_samples_they_came_from(wrap, workers):
+    """Every visit is counted under the index of the row whose tokens the model saw."""
+    rows = text_data(32)
+    model, visits = bert(0.0), torch.zeros(32)
+    known = {tuple(r["input_ids"].tolist()): i for i, r in enumerate(rows)}
+
+    def count(module, args, kwargs):
+        for row in kwargs["input_ids"].tolist():
+            visits[known[tuple(row)]] += 0.5 * torch.is_grad_enabled()
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    args = case_arguments(SELECTS[1], max_steps=6, gradient_accumulation_steps=2, dataloader_num_workers=workers)
+    data = wrap(rows) if wrap is list else wrap([{n: v.tolist() for n, v in r.items()} for r in rows])
+    trainer = trained(model, args, data)
+    counted = trainer.two_pass.state_dict()["memory"]["plain"]["samples.count"]
+    assert torch.equal(counted, visits) and counted.sum() == 6 * 2 * 4
+
+
+def test_label_smoothing_takes_the_labels_and_they_are_found():
+    trainer, sizes = sizes_seen(label_smoothing_factor=0.1, max_steps=2, gradient_accumulation_steps=2)
+    assert sizes == [8, 8, -8, 4, -8, 4] * 2
+
+
+def test_a_trainer_may_bring_its_own_losses():
+    class Own(SSAMTrainer):
+        asked = 0
+
+        def per_sample_loss(self, inputs, outputs):
+            self.asked += 1
+            return outputs.logits.detach()[:, 0]
+
+    trainer, sizes = sizes_seen(Own, max_steps=1)
+    assert trainer.asked == 3 and sizes == [8, -8, 4]
+
+
+def test_a_loss_function_without_losses_of_samples_is_refused():
+    args = case_arguments(SELECTS[0], max_steps=1)
+    trainer = SSAMTrainer(
+        model=bert(), args=args, train_dataset=text_data(), compute_loss_func=lambda out, labels, **_: out.logits.sum()
+    )
+    with pytest.raises(ValueError, match="compute_loss_func: optim=esam needs the loss of each sample"):
+        trainer.train()
+
+
+def test_an_iterable_dataset_is_refused_where_samples_are_scored():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(text_data())
+
+    trainer = SSAMTrainer(model=bert(), args=case_arguments(SELECTS[1]), train_dataset=Stream())
+    with pytest.raises(ValueError, match="optim: `ausam` keeps a score of each sample, and an iterable train_dataset"):
+        trainer.train()
+    trained(bert(), case_arguments(SELECTS[0], max_steps=1), Stream())
+
+
+def test_a_compiler_with_static_shapes_is_refused():
+    args = case_arguments(SELECTS[0], torch_compile=True, torch_compile_backend="eager")
+    trainer = SSAMTrainer(model=bert(), args=args, train_dataset=text_data())
+    with pytest.raises(ValueError, match="torch_compile: it is set to static shapes, and optim=esam runs on parts"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("task", ["bert", "gpt2"])
+def test_a_split_batch_is_msam(task):
+    """num_micro_batches=2 of a batch of 6 equals two micro-batches of 3, also where their token counts differ."""
+    build, rows = {"bert": (lambda: bert(0.0), text_data()), "gpt2": (gpt2, lm_data())}[task]
+    given = {"ascent_scope": "micro_batch", "max_steps": 5, "learning_rate": 0.1, "max_grad_norm": 0.0}
+    split = trained(
+        build(), case_arguments(Case("ssam"), per_device_train_batch_size=6, num_micro_batches=2, **given), rows
+    )
+    accumulated = trained(
+        build(),
+        case_arguments(Case("ssam"), per_device_train_batch_size=3, gradient_accumulation_steps=2, **given),
+        rows,
+    )
+    assert_close(weights(split.model), weights(accumulated.model), atol=2e-6)
+    assert split.state.total_flos == pytest.approx(accumulated.state.total_flos)
+
+
+def test_uneven_parts_weigh_by_their_samples():
+    """Unnormalised ascent over one radius of zero length: the gradient of 7 samples in 3 parts is that of the batch."""
+    given = {"max_steps": 3, "learning_rate": 0.1, "per_device_train_batch_size": 7, "max_grad_norm": 0.0}
+    whole = trained(bert(0.0), case_arguments(Case("sam", rho=0.0), **given), text_data())
+    parts = trained(
+        bert(0.0),
+        case_arguments(Case("sam", rho=0.0), ascent_scope="micro_batch", num_micro_batches=3, **given),
+        text_data(),
+    )
+    assert_close(weights(whole.model), weights(parts.model), atol=2e-6)
+    assert parts.state.log_history[0]["loss"] == pytest.approx(whole.state.log_history[0]["loss"], abs=1e-4)
+
+
+def test_one_part_is_the_batch_bit_for_bit_and_parts_need_their_scope():
+    runs = (
+        trained(bert(), case_arguments(Case("ssam"), **given), text_data())
+        for given in ({"ascent_scope": "micro_batch", "num_micro_batches": 1}, {})
+    )
+    assert_identical(*(weights(t.model) for t in runs))
+    with pytest.raises(ValueError, match="num_micro_batches: 2 has no effect under ascent_scope=global"):
+        case_arguments(Case("ssam"), num_micro_batches=2)
+    with pytest.raises(ValueError, match="num_micro_batches: 0 is not allowed"):
+        case_arguments(Case("ssam"), num_micro_batches=0)
