@@ -101,7 +101,9 @@ def read_named(name: str, config: str | None = None, **options: Any) -> DatasetD
         return load_dataset(name, config, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"the data set {name} is neither a local folder nor on the Hub ({reason})") from error
+        raise UsageError(
+            f"the data set {name} is neither a local folder nor to be had from the Hub ({reason})"
+        ) from error
 
 
 def read_file(path: Path) -> Dataset:
@@ -114,13 +116,16 @@ def read_file(path: Path) -> Dataset:
         raise UsageError(f"there is no file {path}")
     if path.suffix not in READERS:
         raise UsageError(f"{path} is of no known kind: give a file that ends in {', '.join(READERS)}")
+    empty = UsageError(f"{path} is empty: it has no examples")
     if not path.stat().st_size:
-        raise UsageError(f"{path} is empty: it has no examples")
+        raise empty
     reader, options = READERS[path.suffix]
     try:
         return load_dataset(reader, data_files=str(path), split="train", **options)
     except Exception as error:  # each reader has exceptions of its own, and all mean the same
         reason = " ".join(str(error.__cause__ or error).split())
+        if "corresponds to no data" in reason:  # a table with a head and no rows
+            raise empty from error
         raise UsageError(f"{path} could not be read as {reader} ({reason})") from error
 
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Value
 
 import offline
 from cli import UsageError
+from sources import read_file, read_named
 
 GLUE_COLUMNS = {
     "cola": ["sentence"],
@@ -30,12 +31,6 @@ OFFLINE: dict[str, Callable[[], DatasetDict]] = {
     "trec": offline.trec,
     "trec_fine": lambda: offline.trec(fine=True),
     "movie_reviews": offline.movie_reviews,
-}
-READERS = {
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "delimiter": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
 }
 USUAL_COLUMNS = (["sentence1", "sentence2"], ["text"], ["sentence"])
 
@@ -170,39 +165,13 @@ def _numbered(rows: Dataset, column: str, names: list[str] | None) -> Dataset:
 def _splits(data: DataArguments) -> dict[str, Dataset]:
     if data.train_file or data.validation_file or data.test_file:
         files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-        return {split: _read(Path(file)) for split, file in files.items() if file}
+        return {split: read_file(Path(file)) for split, file in files.items() if file}
     if data.dataset_name is None and data.task_name is None:
         return OFFLINE[data.offline_dataset]()
     name, config = data.dataset_name, data.dataset_config_name
     if data.task_name:
         name, config = "nyu-mll/glue", data.task_name
-    try:
-        if (Path(name) / "dataset_dict.json").is_file():
-            return load_from_disk(name)
-        return load_dataset(name, config)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(
-            f"the data set {name} is neither a local folder nor to be had from the Hub ({reason})"
-        ) from error
-
-
-def _read(path: Path) -> Dataset:
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
-    if path.suffix not in READERS:
-        raise UsageError(f"{path} is of no known kind: give a file that ends in {', '.join(READERS)}")
-    empty = UsageError(f"{path} is empty: it has no examples")
-    if not path.stat().st_size:
-        raise empty
-    reader, options = READERS[path.suffix]
-    try:
-        return load_dataset(reader, data_files=str(path), split="train", **options)
-    except Exception as error:  # each reader has exceptions of its own, and all mean the same
-        reason = " ".join(str(error.__cause__ or error).split())
-        if "corresponds to no data" in reason:  # a table with a head and no rows
-            raise empty from error
-        raise UsageError(f"{path} could not be read as {reader} ({reason})") from error
+    return read_named(name, config)
 
 
 def _strings(rows: Dataset) -> list[str]:

@@ -15,7 +15,7 @@ from transformers import pipeline as make_pipeline
 
 import offline
 import run_text_classification
-import text_data
+import sources
 from cli import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +159,7 @@ def test_a_glue_task_feeds_both_sentences_and_leaves_withheld_labels_out(main, t
         asked.append((name, config))
         return DatasetDict(train=labelled, validation=labelled, test=withheld)
 
-    monkeypatch.setattr(text_data, "load_dataset", glue)
+    monkeypatch.setattr(sources, "load_dataset", glue)
     seen = []
     monkeypatch.setattr(
         run_text_classification,
@@ -244,7 +244,7 @@ def test_data_that_cannot_work_is_one_sentence(main, csv, train, test, argv, sen
     ("name", "content", "sentence"),
     [
         ("train.csv", "", "train.csv is empty: it has no examples"),
-        ("train.txt", "text", "train.txt is of no known kind: give a file that ends in .csv, .tsv, .json, .jsonl"),
+        ("train.doc", "text", "train.doc is of no known kind: give a file that ends in .csv, .tsv, .json, .jsonl"),
         ("train.json", "{not json", "train.json could not be read as json"),
         ("train.csv", 'text,label\na,b,c\n"', "train.csv could not be read as csv"),
     ],
