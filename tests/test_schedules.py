@@ -186,7 +186,8 @@ def test_a_choice_that_selects_nothing_is_refused(perturb: str, message: str):
         TwoPass(nn.Linear(2, 2), perturb=perturb)
 
 
-@pytest.mark.parametrize("given", [{}, {"perturb": "norm"}, {"ascent_scope": "micro_batch"}])
+@pytest.mark.parametrize("given", [{}, {"perturb": "norm"}, {"ascent_scope": "micro_batch"}], ids=str)
+@pytest.mark.parametrize("case", [Case("ssam"), Case("asam"), Case("friendly_sam")], ids=lambda c: c.id)
 def test_a_snapshot_in_host_memory_changes_no_bit(case: Case, given: dict):
     one, two = (
         trained(bert(), case_arguments(case, max_steps=3, offload_snapshot=offload, **given), text_data())
