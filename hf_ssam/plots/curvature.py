@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..sharpness import Line, Plane, Spectrum
 from .canvas import COLORS, canvas, dress, save, style
 from .history import Source, history, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from ..sharpness import Line, Plane, Spectrum
 
 _EDGES = (
     ("sharpness/edge", "predicted edge of this method", "--"),
@@ -65,7 +66,7 @@ def plot_spectrum(
         ax: where to draw; a new figure where None.
         width: standard deviation of the Gaussian that smears each eigenvalue; default 1 % of the range shown.
     """
-    named = {"": spectra} if isinstance(spectra, Spectrum) else dict(spectra)
+    named = dict(spectra) if isinstance(spectra, Mapping) else {"": spectra}
     ax = ax or canvas()[0]
     low, high = min(s.nodes[0] for s in named.values()), max(s.nodes[-1] for s in named.values())
     width = width or max(0.01 * (high - low), 1e-12)
@@ -74,7 +75,7 @@ def plot_spectrum(
     for i, (name, spectrum) in enumerate(named.items()):
         density = spectrum.density(grid, width)
         ax.plot(grid, density, label=name, **style(i))
-        ax.plot(spectrum.nodes[-1], _height(spectrum, width, floor), "v", color=COLORS[i % len(COLORS)])
+        ax.plot(spectrum.nodes[-1], _height(spectrum, width, floor), "v", color=COLORS[i % len(COLORS)], clip_on=False)
         ax.annotate(
             f"λ₁ ≈ {spectrum.nodes[-1]:.3g}",
             (spectrum.nodes[-1], _height(spectrum, width, floor)),
@@ -84,7 +85,7 @@ def plot_spectrum(
             color=COLORS[i % len(COLORS)],
         )
     ax.set_yscale("log")
-    ax.set_ylim(bottom=floor)
+    ax.set_ylim(floor, 10 * max(float(max(line.get_ydata())) for line in ax.get_lines()))
     dress(ax, "Spectral density of the Hessian", "eigenvalue λ", "density (log scale)", legend=len(named) > 1)
     save(ax, path)
     return ax
@@ -137,6 +138,7 @@ def plot_loss_plane(
     ax.annotate("w", (0, 0), xytext=(6, 6), textcoords="offset points", color="white", weight="bold")
     ax.figure.colorbar(filled, ax=ax, label="loss")
     ax.set_aspect("equal")
+    ax.locator_params(nbins=5)
     dress(ax, "Loss over a plane through the weights w", names[0], names[1], legend=False)
     save(ax, path)
     return ax

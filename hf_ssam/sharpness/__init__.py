@@ -10,6 +10,11 @@
 All are matrix-free, take the dictionaries that a collator makes, and leave the model as it was, to the bit.
 """
 
+try:
+    import scipy  # noqa: F401
+except ImportError as error:
+    raise ImportError("hf_ssam.sharpness needs scipy: pip install 'hf-ssam[sharpness]'") from error
+
 from .ascent_gap import AscentSharpness, ascent_sharpness
 from .edges import Edges, edge_of_stability
 from .eigenvalues import Eigenvalues, top_eigenvalues
