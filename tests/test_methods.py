@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
 from hf_ssam import METHODS, TwoPass, get_method
 from tests import reference
@@ -199,3 +202,23 @@ def test_the_trainer_logs_what_a_one_pass_method_cost(case: Case):
     assert last["ssam/total_passes"] == 4
     plain = trained(bert(0.0), case_arguments(case, rho=0.0, max_steps=4, gradient_accumulation_steps=2), text_data())
     assert trainer.state.total_flos == plain.state.total_flos
+
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "methods").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_is_what_the_arguments_take(path, tmp_path):
+    """Every value is a field, and every number has its source, or the words that there is none, in a comment."""
+    text = path.read_text()
+    values = yaml.safe_load(text)
+    args = SSAMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **values)
+    assert args.is_sharpness_aware and args.method().rules() is not None
+    assert args.method().paper.arxiv in text or values["optim"] == "sparse_sam"
+    for line in text.splitlines():
+        if line.startswith(("rho", "learning_rate", "num_micro")):
+            assert "#" in line, line
+
+
+def test_every_method_has_a_config():
+    assert {yaml.safe_load(path.read_text())["optim"] for path in CONFIGS} == set(METHODS)

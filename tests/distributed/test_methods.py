@@ -1,0 +1,57 @@
+"""Every method in two processes against one that holds the whole batch: the same weights, and the same state on both."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.cases import CASES, ONE_PASS_CASES
+from tests.distributed.launching import torchrun
+from tests.distributed.methods_worker import MASKS, SELECTING
+
+pytestmark = pytest.mark.distributed
+WHOLE = (*CASES, *ONE_PASS_CASES, *MASKS)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("methods")
+    result = torchrun("methods_worker.py", str(folder / "out.json"), str(folder))
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads((folder / "out.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["ddp", "views", "fsdp"])
+@pytest.mark.parametrize("case", WHOLE, ids=lambda case: case.id)
+def test_two_processes_hold_the_weights_of_one(found, case, kind):
+    """`views`: DDP's buckets are the gradients, which a second pass writes over. A shard draws its own random mask."""
+    cell = found[f"{kind}/{case.id}"]
+    if kind == "fsdp" and case.method == "sparse_sam" and "mask" not in case.options:
+        assert (
+            "mask=fisher needs the gradient of each sample, which a sharded model averages over ranks"
+            in cell["refused"]
+        )
+        return
+    assert cell["equal"]
+    if not (kind == "fsdp" and case.options.get("mask") == "dynamic"):
+        assert cell["gap"] < 1e-13
+
+
+@pytest.mark.parametrize("kind", ["ddp", "views", "fsdp"])
+@pytest.mark.parametrize("case", SELECTING, ids=lambda case: case.id)
+def test_ranks_that_select_hold_the_same_weights_and_scores(found, case, kind):
+    assert found[f"{kind}/{case.id}"]["equal"]
+
+
+@pytest.mark.parametrize("case", ["friendly_sam", "looksam-k=2", "sparse_sam-mask=dynamic-update_freq=2", "ausam"])
+def test_sharded_state_is_read_back_bit_for_bit(found, case):
+    cell = found[f"reload/{case}"]
+    assert cell["same"]
+    assert cell["live"] == (65 if "sparse" in case else 0)
+
+
+def test_state_that_ranks_would_keep_apart_is_refused(found):
+    for case in ("friendly_sam", "ausam"):
+        assert "under `rank` every rank would keep its own state" in found[f"rank/{case}"]
+    assert found["rank/gsam"] == ""
