@@ -83,9 +83,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan = read_plan(asked.source)
         folder = asked.output_dir or Path(plan.output_dir)
         train_all(plan, folder, asked.max_runs)
-    summary = write_tables(finished(plan, folder), folder, plan.baseline, plan.title)
-    write_figures(finished(plan, folder), folder, plan.title)
-    print(f"{summary}\nresults of {len(finished(plan, folder))} runs: tables and figures are in {folder}", flush=True)
+    outcomes = finished(plan, folder)
+    summary = write_tables(outcomes, folder, plan.baseline, plan.title)
+    write_figures(outcomes, folder, plan.title)
+    runs = len({one.run for one in outcomes})
+    print(f"{summary}\nresults of {runs} runs: tables and figures are in {folder}", flush=True)
 
 
 def read_plan(path: Path) -> Plan:

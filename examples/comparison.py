@@ -125,9 +125,11 @@ def _table(outcomes: list[Outcome], baseline: str) -> str:
     for method, own in by_method.items():
         mean, half = interval(o.score for o in own)
         difference, p = against({o.run.seed: o.score for o in own}, plain)
-        compared = "| | |" if method == baseline else f"| {difference:+.4f} | {p:.2f} |"
+        tested = "–" if math.isnan(p) else f"{p:.2f}"
+        compared = "| | |" if method == baseline or math.isnan(difference) else f"| {difference:+.4f} | {tested} |"
         costs = " | ".join(
             f"{np.mean([getattr(o, cost) for o in own]):.0f}" for cost in ("steps", "passes", "seconds")
         )
-        lines.append(f"| {method} | {len(own)} | {mean:.4f} ± {half:.4f} {compared} {costs} |")
+        spread = "" if math.isinf(half) else f" ± {half:.4f}"
+        lines.append(f"| {method} | {len(own)} | {mean:.4f}{spread} {compared} {costs} |")
     return "\n".join(lines) + "\n"

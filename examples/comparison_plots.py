@@ -31,7 +31,7 @@ def plot_cost(outcomes: list[Outcome], title: str, path: Path | None = None) -> 
             for number, (method, own) in enumerate(_by_method(here).items()):
                 _curve(ax, own, by_time, label=method, **style(number))
             cost = "seconds of training (evaluations left out)" if by_time else "forward-backward passes over a batch"
-            dress(ax, f"{title}\n{BUDGETS[budget]}", cost, "evaluation accuracy")
+            dress(ax, f"{title}\n{BUDGETS[budget]}; mean and range over seeds", cost, "evaluation accuracy")
             _look_at_the_end(ax, here)
     save(axes[0], path)
     return axes
