@@ -133,6 +133,7 @@ class TestCurvature:
             for i, lr in enumerate(lrs)
         ]
         assert plot_edge(log).get_ylim()[1] < 50
+        assert "predicted edge of this method (above the figure)" in curves(plot_edge(log[1:]))
 
     def test_a_spectrum(self, tmp_path):
         class Quadratic(nn.Module):

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from ..sharpness import Line, Plane, Spectrum
 
+VISIBLE = 4.0
+"""An edge is drawn up to this multiple of the largest measured eigenvalue."""
+
 _EDGES = (
     ("sharpness/edge", "predicted edge of this method", "--"),
     ("sharpness/edge_gd", "2/η: edge of gradient descent", ":"),
@@ -43,9 +46,10 @@ def plot_edge(source: Source, path: str | Path | None = None, ax: Axes | None = 
     for i, (key, label, line) in enumerate(_EDGES, start=1):
         at, edges = series(log, key)
         if at:
-            ax.plot(at, edges, line, color=COLORS[i], label=label)
+            hidden = " (above the figure)" if min(edges) >= VISIBLE * top else ""
+            ax.plot(at, edges, line, color=COLORS[i], label=label + hidden)
     # A decaying learning rate sends the edges to infinity; the measured curve is what has to be seen.
-    visible = [e for key, _, _ in _EDGES for e in series(log, key)[1] if e < 4 * top]
+    visible = [e for key, _, _ in _EDGES for e in series(log, key)[1] if e < VISIBLE * top]
     ax.set_ylim(min(0, 1.1 * min(values)), 1.15 * max([top, *visible]))
     dress(ax, "Top Hessian eigenvalue and the edge of stability", "optimizer step", "λ₁")
     save(ax, path)
