@@ -68,11 +68,11 @@ def started(worker: str, folder: Path) -> Runs:
 
 
 def main(scenarios: Mapping[str, Scenario]) -> None:
-    """The main program of a worker, `worker.py FOLDER [BEGINNING OF A NAME]`; a scenario has its own folder."""
+    """The main program of a worker, `worker.py FOLDER [BEGINNING OF A NAME …]`; a scenario has its own folder."""
     torch.set_num_threads(1)
-    folder, beginning = Path(sys.argv[1]), "".join(sys.argv[2:3])
+    folder, beginnings = Path(sys.argv[1]), tuple(sys.argv[2:]) or ("",)
     for name, scenario in scenarios.items():
-        if name.startswith(beginning):
+        if name.startswith(beginnings):
             own = folder / name.replace("/", ".")
             own.mkdir(parents=True, exist_ok=True)
             with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints each log entry
