@@ -118,7 +118,7 @@ def random_subset(beta: float, seed: int) -> Rule:
 
 
 def uniform(v: Vector, at: At, seed: int) -> Vector:
-    """Numbers from [0, 1), of the shapes of `v`: a function of seed, step and shard, so that replicas draw the same."""
+    """Numbers from [0, 1), of the shapes of `v`: a function of seed, step and shard, so replicas draw the same."""
     generators: dict[tuple, torch.Generator] = {}
     drawn = {}
     for name, t in v.items():
@@ -198,8 +198,8 @@ def read_n_of_m(structure: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+):(\d+)", structure)
     if not found or not 1 <= int(found[1]) < int(found[2]):
         raise ValueError(
-            f"optim_args: structure={structure} is not allowed for method `sparse_sam`; choose element, tensor, or N:M "
-            "with 1 <= N < M, such as structure=2:4."
+            f"optim_args: structure={structure} is not allowed for method `sparse_sam`; choose element, tensor, "
+            "or N:M with 1 <= N < M, such as structure=2:4."
         )
     return int(found[1]), int(found[2])
 
@@ -223,8 +223,8 @@ def whole_gradients(space: Space, names: tuple[str, ...]) -> None:
     """Refuse sharded parameters: their gradients are averaged over ranks before anyone sees one sample's."""
     if space.is_sharded:
         raise ValueError(
-            "optim_args: mask=fisher needs the gradient of each sample, which a sharded model averages over ranks; choose "
-            "mask=dynamic, or train with DDP."
+            "optim_args: mask=fisher needs the gradient of each sample, which a sharded model averages over ranks; "
+            "choose mask=dynamic, or train with DDP."
         )
 
 

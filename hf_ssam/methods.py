@@ -170,7 +170,8 @@ def _sparse_sam(
     if mask == "dynamic":
         if structure != "element":
             raise ValueError(
-                f"optim_args: structure={structure} is not allowed with mask=dynamic; choose mask=fisher, or structure=element."
+                f"optim_args: structure={structure} is not allowed with mask=dynamic; choose mask=fisher, or "
+                "structure=element."
             )
         refresh, checks = masks.dynamic(sparsity, drop_rate, seed), ()
     elif structure == "element":
@@ -286,7 +287,7 @@ _TABLE = (
     ),
     Method(
         "esam",
-        "ESAM: a random share β of the coordinates is perturbed, and the second pass takes the γ|B| samples that rose most.",
+        "ESAM: a random share β of the coordinates is perturbed; pass 2 takes the γ|B| samples that rose most.",
         _esam,
         0.05,
         papers.ESAM,
@@ -329,7 +330,12 @@ _TABLE = (
         _wsam,
         0.05,
         papers.WSAM,
-        {"gamma": Option(0.9, "γ: 0 is the base optimizer, 0.5 is SAM (official code)", 0.0, 0.99), **RENORMALIZE},
+        {
+            "gamma": Option(
+                0.6, "γ: 0 is the base optimizer, 0.5 is SAM; 0.9, the decoupled code's, diverged", 0.0, 0.99
+            ),
+            **RENORMALIZE,
+        },
     ),
     Method(
         "vasso",

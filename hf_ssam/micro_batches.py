@@ -106,8 +106,8 @@ def part_of(inputs: Mapping[str, Any], indices: Tensor) -> dict[str, Any]:
         if isinstance(value, Tensor) and value.dim():
             if len(value) != size:
                 raise ValueError(
-                    f"inputs: `{name}` has {len(value)} rows where the batch has {size} samples, so it cannot be cut into "
-                    "samples; choose a method and an ascent_scope that use whole micro-batches."
+                    f"inputs: `{name}` has {len(value)} rows where the batch has {size} samples, so it cannot be "
+                    "cut into samples; choose a method and an ascent_scope that use whole micro-batches."
                 )
             part[name] = value[indices.to(value.device)]
         else:

@@ -1,4 +1,4 @@
-"""Which sample is which: dataset indices carried through shuffling, workers and collation, for methods that score samples."""
+"""Which sample is which: dataset indices carried through shuffling, workers and collation, for scores of samples."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class SampleIdMixin:
         dataset = self.train_dataset
         if isinstance(dataset, IterableDataset) or not has_length(dataset):
             raise ValueError(
-                f"optim: `{self.args.optim}` keeps a score of each sample, and an iterable train_dataset does not tell which "
-                "is which; pass a data set with a length, or choose optim=esam."
+                f"optim: `{self.args.optim}` keeps a score of each sample, and an iterable train_dataset does not "
+                "tell which is which; pass a data set with a length, or choose optim=esam."
             )
         self.train_dataset, self._wraps_collator = IndexedDataset(dataset), True
         try:

@@ -106,8 +106,8 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
         """
         if self.compute_loss_func is not None:
             raise ValueError(
-                f"compute_loss_func: optim={self.args.optim} needs the loss of each sample, which it does not give; override "
-                "`per_sample_loss` of the Trainer, or choose a method that selects no samples."
+                f"compute_loss_func: optim={self.args.optim} needs the loss of each sample, which it does not give; "
+                "override `per_sample_loss` of the Trainer, or choose a method that selects no samples."
             )
         return per_sample_losses(self.accelerator.unwrap_model(self.model), inputs, outputs)
 

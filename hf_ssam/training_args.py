@@ -180,8 +180,8 @@ class SSAMArgumentsMixin:
             raise ValueError(f"ascent_start: {self.ascent_start} is not allowed; choose a ratio below 1, or a step.")
         if self.num_micro_batches > 1 and self.ascent_scope != "micro_batch":
             raise ValueError(
-                f"num_micro_batches: {self.num_micro_batches} has no effect under ascent_scope={self.ascent_scope}; set "
-                "ascent_scope=micro_batch, or leave it at 1."
+                f"num_micro_batches: {self.num_micro_batches} has no effect under ascent_scope={self.ascent_scope}; "
+                "set ascent_scope=micro_batch, or leave it at 1."
             )
         for name in ("ascent_interval", "sharpness_steps", "num_micro_batches"):
             value = getattr(self, name)

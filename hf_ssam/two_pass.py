@@ -93,8 +93,8 @@ class TwoPass:
         self._rules: Rules = self.method.rules()
         if self._rules.stateful and scope != "global" and self.ranks.world_size > 1:
             raise ValueError(
-                f"ascent_scope: under `{scope}` every rank would keep its own state of method `{self.method.name}`, and "
-                "they would drift apart; choose ascent_scope=global, or a method without state such as ssam."
+                f"ascent_scope: under `{scope}` every rank would keep its own state of method `{self.method.name}`, "
+                "and they would drift apart; choose ascent_scope=global, or a method without state such as ssam."
             )
         if self._rules.period != 1 and scope == "micro_batch":
             raise ValueError(
@@ -106,8 +106,8 @@ class TwoPass:
         self._selection = self._rules.selection
         if self._selection is not None and not replay_rng:
             raise ValueError(
-                f"replay_rng: method `{self.method.name}` compares losses of two passes, which mean nothing under different "
-                "dropout masks; leave replay_rng on."
+                f"replay_rng: method `{self.method.name}` compares losses of two passes, which mean nothing under "
+                "different dropout masks; leave replay_rng on."
             )
         if self._rules.needs_ids and dataset_size is None:
             raise ValueError(
@@ -433,6 +433,6 @@ def _check_takes_indices(run: RunPass, method: str) -> None:
         inspect.signature(run).bind(None)
     except TypeError:
         raise ValueError(
-            f"run_pass: method `{method}` runs a batch on some of its samples; let run_pass take their indices, such as "
-            "`def run_pass(indices=slice(None))`."
+            f"run_pass: method `{method}` runs a batch on some of its samples; let run_pass take their indices, such "
+            "as `def run_pass(indices=slice(None))`."
         ) from None

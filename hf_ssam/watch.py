@@ -76,8 +76,8 @@ class Watch:
             hook.remove()
         if self._losses_of is not None and seen.calls != 1:
             raise ValueError(
-                f"per_sample_loss: a pass called {type(self._model).__name__} {seen.calls} times, so the losses of its "
-                "samples are not known; choose a method that selects no samples."
+                f"per_sample_loss: a pass called {type(self._model).__name__} {seen.calls} times, so the losses of "
+                "its samples are not known; choose a method that selects no samples."
             )
 
     def again(self, seen: Sighting) -> Tensor:

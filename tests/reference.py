@@ -111,7 +111,7 @@ def gsam(gradient: Gradient, w: Tensor, state: dict, rho: float, *, alpha: float
     return _descended(second - alpha * (g - (g @ second) / (second @ second) * second), g, o)
 
 
-def wsam(gradient: Gradient, w: Tensor, state: dict, rho: float, *, gamma: float = 0.9, **o: Any) -> Tensor:
+def wsam(gradient: Gradient, w: Tensor, state: dict, rho: float, *, gamma: float = 0.6, **o: Any) -> Tensor:
     """WSAM (arXiv 2305.15817), coupled."""
     kappa = gamma / (1 - gamma)
     g = gradient(w)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from hf_ssam import METHODS, TwoPass, get_method
+from hf_ssam import METHODS, SSAMTrainingArguments, TwoPass, get_method
 from tests import reference
 from tests.cases import (
     CASES,

@@ -1,4 +1,4 @@
-"""Every method in two processes against one that holds the whole batch: the same weights, and the same state on both."""
+"""Every method in two processes against one that holds the whole batch: the same weights, the same state on both."""
 
 from __future__ import annotations
 
