@@ -1,0 +1,151 @@
+"""Images and their classes from anywhere, checked before a model is loaded.
+
+`load` reads image folders, a data set by name or folder, or an offline one; `undecoded` and `number_labels` find out
+what is in it, and `pixels` makes a model's input of it on the fly. Whatever cannot work is a `UsageError` that names
+the file and the column.
+"""
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+from datasets import ClassLabel, Dataset, DatasetDict, Image
+from transformers import BaseImageProcessor
+
+import offline
+from cli import UsageError
+from sources import DataArguments, read_named
+
+
+@dataclass
+class ImageArguments(DataArguments):
+    """Which images, and how large."""
+
+    train_dir: str | None = field(default=None, metadata={"help": "A folder with a folder of images for each class."})
+    validation_dir: str | None = field(default=None, metadata={"help": "What to evaluate on, in the same classes."})
+    offline_dataset: Literal["mnist_5k", "fashion_mnist"] = field(
+        default="mnist_5k", metadata={"help": "What to use when none of the above is given; fashion_mnist needs apt."}
+    )
+    image_column_name: str = field(default="image", metadata={"help": "The column with the image."})
+    label_column_name: str = field(default="label", metadata={"help": "The column with the class."})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Resize to so many pixels a side; the image processor's own size if not given."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.dataset_name and (self.train_dir or self.validation_dir):
+            raise ValueError("give only one of --dataset_name and folders (--train_dir, --validation_dir)")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"--image_size {self.image_size} is not a number of pixels: give one from 1")
+
+
+def load(data: ImageArguments) -> DatasetDict:
+    """The splits of the folders, of the named data set, or of the offline one.
+
+    Raises:
+        UsageError: a folder is missing, or holds no images.
+    """
+    folders = {"train": data.train_dir, "validation": data.validation_dir}
+    if any(folders.values()):
+        return DatasetDict({split: _folder(Path(place)) for split, place in folders.items() if place})
+    if data.dataset_name:
+        return read_named(data.dataset_name, data.dataset_config_name)
+    return offline.mnist_5k() if data.offline_dataset == "mnist_5k" else offline.fashion_mnist()
+
+
+def _folder(place: Path) -> Dataset:
+    if not place.is_dir():
+        raise UsageError(f"there is no folder {place}")
+    classes = sorted(folder.name for folder in place.iterdir() if folder.is_dir())
+    endings = PIL.Image.registered_extensions()
+    for name in classes or [""]:
+        if not any(path.suffix.lower() in endings for path in (place / name).iterdir()):
+            raise UsageError(f"{place / name} holds no images: it needs some, as JPEG or PNG files")
+    if len(classes) < 2:
+        raise UsageError(f"{place} needs a folder of images for each class, and at least two: it has {len(classes)}")
+    return read_named("imagefolder", data_dir=str(place), drop_labels=False)["train"]
+
+
+def undecoded(rows: dict[str, Dataset], column: str) -> dict[str, Dataset]:
+    """`rows` with each image as its file's path or bytes, after a look at the header of each, which is quick.
+
+    Raises:
+        UsageError: there is no such column, or something in it is no image.
+    """
+    files = {}
+    for use, split in rows.items():
+        if not isinstance(split.features.get(column), Image):
+            kinds = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in split.features.items())
+            raise UsageError(
+                f"the {use} data has no images in column {column!r}, it has {kinds}: set --image_column_name"
+            )
+        files[use] = split.cast_column(column, Image(decode=False))
+        for image in files[use][column]:
+            with opened(image):
+                pass
+    return files
+
+
+@contextlib.contextmanager
+def opened(image: dict[str, Any]) -> Iterator[PIL.Image.Image]:
+    """The image of a file, or of its bytes.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
+    try:
+        with PIL.Image.open(source) as found:
+            yield found
+    except OSError as error:
+        name = image["path"] or "in the data set"
+        raise UsageError(f"the image {name} cannot be read ({error}): replace it or remove it") from error
+
+
+def number_labels(rows: dict[str, Dataset], column: str) -> tuple[dict[str, Dataset], list[str]]:
+    """Make `column` the column ``labels``, a class number, in each split.
+
+    Returns:
+        The splits, and the names of the classes of the first one, by number.
+
+    Raises:
+        UsageError: there is no such column, or a split has a class that the first one does not have.
+    """
+    first = next(iter(rows))
+    for use, split in rows.items():
+        if column not in split.column_names:
+            found = ", ".join(split.column_names)
+            raise UsageError(
+                f"the {use} data has no labels in column {column!r}, it has {found}: set --label_column_name"
+            )
+    feature = rows[first].features[column]
+    names = feature.names if isinstance(feature, ClassLabel) else sorted(map(str, rows[first].unique(column)))
+    numbered = {}
+    for use, split in rows.items():
+        own = split.features[column]
+        said = [own.int2str(v) if isinstance(own, ClassLabel) else str(v) for v in split[column]]
+        if strange := sorted(set(said) - set(names)):
+            raise UsageError(f"the {use} data has the class {strange[0]!r}, which the {first} data does not have")
+        others = split.remove_columns({column, "labels"} & set(split.column_names))
+        numbered[use] = others.add_column("labels", [names.index(name) for name in said])
+    return numbered, names
+
+
+def pixels(processor: BaseImageProcessor, column: str) -> Callable[[dict[str, list]], dict[str, Any]]:
+    """Examples -> pixel values, of shape (n, 3, height, width), and ``labels``."""
+
+    def rgb(image: dict[str, Any]) -> np.ndarray:
+        with opened(image) as found:
+            return np.asarray(found.convert("RGB"))
+
+    def transform(batch: dict[str, list]) -> dict[str, Any]:
+        images = [rgb(image) for image in batch[column]]
+        return {**processor(images, return_tensors="pt"), "labels": batch["labels"]}
+
+    return transform
