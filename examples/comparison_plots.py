@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from comparison import BUDGETS, Outcome
-from hf_ssam.plots.canvas import canvas, dress, save, style
+from hf_ssam.plots.canvas import COLORS, canvas, dress, save
+
+DASHES = ("-", "--", "-.", ":")
 
 
 def write_figures(outcomes: list[Outcome], folder: Path, title: str) -> None:
@@ -24,12 +25,12 @@ def write_figures(outcomes: list[Outcome], folder: Path, title: str) -> None:
 def plot_cost(outcomes: list[Outcome], title: str, path: Path | None = None) -> list[Axes]:
     """Score against passes and against seconds, a row for each budget: the mean over seeds, and their range."""
     budgets = [name for name in BUDGETS if any(o.run.budget == name for o in outcomes)]
-    axes = canvas(len(budgets), 2, (5.2, 3.6))
+    axes = canvas(len(budgets), 2, (6.0, 3.6))
     for row, budget in enumerate(budgets):
         here = [o for o in outcomes if o.run.budget == budget]
         for ax, by_time in zip(axes[2 * row : 2 * row + 2], (False, True), strict=True):
             for number, (method, own) in enumerate(_by_method(here).items()):
-                _curve(ax, own, by_time, label=method, **style(number))
+                _curve(ax, own, by_time, label=method, **look(number))
             cost = "seconds of training (evaluations left out)" if by_time else "forward-backward passes over a batch"
             dress(ax, f"{title}\n{BUDGETS[budget]}; mean and range over seeds", cost, "evaluation accuracy")
             _look_at_the_end(ax, here)
@@ -44,15 +45,14 @@ def plot_learning_rates(outcomes: list[Outcome], title: str, path: Path | None =
         rates = sorted({o.run.learning_rate for o in own})
         means = [np.mean([o.score for o in own if o.run.learning_rate == rate]) for rate in rates]
         shift = 1.03 ** (number - 1.5)
-        look = style(number)
-        ax.plot(np.array(rates) * shift, means, label=method, marker="o", markersize=5, **look)
+        own_look = look(number)
+        ax.plot(np.array(rates) * shift, means, label=method, marker="o", markersize=5, **own_look)
         dots = [(o.run.learning_rate * shift, o.score) for o in own]
-        ax.scatter(*zip(*dots, strict=True), color=look["color"], s=12, alpha=0.45, linewidths=0)
+        ax.scatter(*zip(*dots, strict=True), color=own_look["color"], s=12, alpha=0.45, linewidths=0)
     ax.set_xscale("log")
-    ax.set_xticks(sorted({o.run.learning_rate for o in outcomes}))
-    ax.xaxis.set_major_formatter(ScalarFormatter())
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.ticklabel_format(axis="x", style="plain")
+    rates = sorted({o.run.learning_rate for o in outcomes})
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.minorticks_off()
     dress(
         ax,
         f"{title}\nequal epochs; dots are seeds",
@@ -63,18 +63,23 @@ def plot_learning_rates(outcomes: list[Outcome], title: str, path: Path | None =
     return ax
 
 
+def look(number: int) -> dict[str, str]:
+    """Colour and dashes of a method: two that do the same would hide each other without the dashes."""
+    return {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number % len(DASHES)]}
+
+
 def _by_method(outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
     return {o.run.method: [p for p in outcomes if p.run.method == o.run.method] for o in outcomes}
 
 
-def _curve(ax: Axes, own: list[Outcome], by_time: bool, **look: str) -> None:
+def _curve(ax: Axes, own: list[Outcome], by_time: bool, **drawn: str) -> None:
     """The mean over the seeds at each evaluation; passes are turned into seconds by their mean price in each run."""
     length = min(len(o.curve) for o in own)
     prices = [o.seconds / o.passes if by_time else 1.0 for o in own]
     costs = np.array([[cost * price for cost, _ in o.curve[:length]] for o, price in zip(own, prices, strict=True)])
     scores = np.array([[score for _, score in o.curve[:length]] for o in own])
-    ax.plot(costs.mean(0), scores.mean(0), marker="o", markersize=3, **look)
-    ax.fill_between(costs.mean(0), scores.min(0), scores.max(0), color=look["color"], alpha=0.12, linewidth=0)
+    ax.plot(costs.mean(0), scores.mean(0), marker="o", markersize=3, **drawn)
+    ax.fill_between(costs.mean(0), scores.min(0), scores.max(0), color=drawn["color"], alpha=0.12, linewidth=0)
 
 
 def _look_at_the_end(ax: Axes, outcomes: list[Outcome]) -> None:
