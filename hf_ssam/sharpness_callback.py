@@ -26,9 +26,9 @@ from .replay import unchanged
 from .rules import At
 from .schedules import rho_factor
 from .sharpness import Edges, Objective, edge_of_stability
+from .sharpness.arithmetic import length
 from .sharpness.eigenvalues import solve
 from .sharpness.measured import selected
-from .sharpness.objective import length
 from .sharpness.probe import Batch, rows, split_rows
 from .sharpness.stochastic import estimate_trace
 

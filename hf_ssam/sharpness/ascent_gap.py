@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .objective import Objective, length
+from .arithmetic import length
+from .objective import Objective
 from .probe import Batches, split_rows
 
 

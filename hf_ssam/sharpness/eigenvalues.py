@@ -12,8 +12,9 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 
 from ..tensors import Vector
+from .arithmetic import length
 from .lanczos import BASIS_ELEMENTS, lanczos
-from .objective import Objective, length
+from .objective import Objective
 from .probe import Batches
 
 

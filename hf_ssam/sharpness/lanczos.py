@@ -18,7 +18,8 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from .objective import Objective, length
+from .arithmetic import length
+from .objective import Objective
 
 BASIS_ELEMENTS = 2**26
 """A basis is kept up to this many numbers (512 MiB in float64)."""

@@ -16,19 +16,18 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from ..replay import Replay
 from ..tensors import Vector
-from .double_backward import refuse_once_differentiable, unsupported
+from .arithmetic import accumulate, finite, loss_product
+from .double_backward import refuse_once_differentiable
 from .measured import LossFunction, LossModule, model_loss, selected, without_autocast
 from .probe import Batch, Batches, as_batches, count_items, moved
 
@@ -106,7 +105,7 @@ class Objective:
         self.losses += 1
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self._sweep(lambda loss, leaves, share: total.add_(loss.detach().double(), alpha=share), offset, grad=False)
-        return _finite(self._reduced(total), "the loss").item()
+        return finite(self._reduced(total), "the loss").item()
 
     def gradient(self, offset: Tensor | None = None) -> Tensor:
         """`∇L(w + offset)`, shape (n,)."""
@@ -115,10 +114,10 @@ class Objective:
         parts = self.split(out)
 
         def visit(loss: Tensor, leaves: list[Tensor], share: float) -> None:
-            _accumulate(parts, torch.autograd.grad(loss, leaves, allow_unused=True), share)
+            accumulate(parts, torch.autograd.grad(loss, leaves, allow_unused=True), share)
 
         self._sweep(visit, offset)
-        return _finite(self._reduced(out), "the gradient")
+        return finite(self._reduced(out), "the gradient")
 
     def product(self, vector: Tensor) -> Tensor:
         """`H v` at the weights as they are, shape (n,)."""
@@ -138,11 +137,11 @@ class Objective:
         def visit(loss: Tensor, leaves: list[Tensor], share: float) -> None:
             if self.products == 1:
                 refuse_once_differentiable(loss)
-            _accumulate(parts, _loss_product(loss, leaves, directions), share)
+            accumulate(parts, loss_product(loss, leaves, directions), share)
 
         self._sweep(visit)
         self._bar.update()
-        return _finite(self._reduced(out), "a Hessian-vector product")
+        return finite(self._reduced(out), "a Hessian-vector product")
 
     def zeros(self) -> Tensor:
         """A zero vector, shape (n,)."""
@@ -241,41 +240,5 @@ class Objective:
         return tensor
 
 
-def _loss_product(loss: Tensor, leaves: list[Tensor], directions: list[Tensor]) -> list[Tensor | None]:
-    """`∇⟨∇loss, v⟩`; the gradient's values are freed before the second backward, which needs its edges only."""
-    try:
-        grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-        kept = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        if not kept:
-            return [None] * len(leaves)
-        edges = [get_gradient_edge(grads[i]) for i in kept]
-        outer = [directions[i].to(grads[i]) for i in kept]
-        del grads
-        return list(torch.autograd.grad(edges, leaves, outer, allow_unused=True))
-    except RuntimeError as error:
-        raise unsupported(error) or error from error
-
-
-def _accumulate(parts: list[Tensor], tensors: Any, share: float) -> None:
-    for part, tensor in zip(parts, tensors, strict=True):
-        if tensor is not None:
-            part.add_(tensor.to(part.device), alpha=share)
-
-
-def length(vector: Tensor) -> Tensor:
-    """`‖v‖`, shape (). On the CPU torch adds float32 squares up one by one, which loses 4e-4 of 1e7; so, in pieces."""
-    pieces = torch._foreach_norm(list(vector.split(2**16)))
-    return torch.linalg.vector_norm(torch.stack(pieces).double()).to(vector.dtype)
-
-
 def _several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _finite(tensor: Tensor, what: str) -> Tensor:
-    # isfinite() of the tensor itself would make copies of it; its largest magnitude is NaN where any entry is.
-    if not torch.isfinite(torch.linalg.vector_norm(tensor, float("inf"))):
-        raise FloatingPointError(
-            f"batches: {what} is not finite; look for NaN in the weights and batches, or pass dtype=torch.float64."
-        )
-    return tensor
