@@ -14,6 +14,8 @@ parameters only: a perturbation of a part of the network still has length ρ (mu
 
 from __future__ import annotations
 
+import torch
+
 from .rules import At, Rule, chain, keeps_average
 from .tensors import EPS, Vector, added, multiplied, scaled
 
@@ -90,7 +92,8 @@ def layerwise(by_weight: bool) -> Rule:
     """
 
     def rule(v: Vector, at: At) -> Vector:
-        factors = 1.0 / (at.space.norms(v) + EPS)
+        norms = at.space.norms(v)
+        factors = torch.where(norms > 0, 1.0 / (norms + EPS), 0.0)  # 1e12 is infinite in float16
         if by_weight:
             factors = factors * at.space.norms({n: at.w[n] for n in v}).to(factors.device)
         return {n: t * f.to(t.device, t.dtype) for (n, t), f in zip(v.items(), factors, strict=True)}
@@ -104,4 +107,5 @@ def anticipation(v: Vector, at: At) -> Vector:
     Momentum-SAM (Becker et al. 2024, arXiv 2401.12033) takes its one gradient at `w − ρ m/‖m‖` with m the momentum
     buffer of SGD. `descent.remember` keeps one of our own, so that any optimizer can follow.
     """
-    return scaled(normalize(at.memory.read("momentum"), at), -1.0)
+    m = {n: t for n, t in at.memory.read("momentum").items() if n in at.w}
+    return scaled(normalize(m, at), -1.0)

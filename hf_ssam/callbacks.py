@@ -7,8 +7,6 @@ every `report_to` show it without a line of ours.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -40,7 +38,7 @@ class StepLog:
         for name in FIELDS:
             value = getattr(report, name)
             if value is not None:
-                value = torch.as_tensor(value, device=kept.device, dtype=torch.float32)
+                value = value.to(kept.device, torch.float32) if isinstance(value, Tensor) else float(value)
                 self._sums[name] = self._sums.get(name, 0.0) + torch.where(kept, value, 0.0)
                 self._counts[name] = self._counts.get(name, 0.0) + kept.float()
         self._steps += 1
@@ -56,14 +54,13 @@ class StepLog:
         """
         if not self._steps:
             return {}
-        names = list(self._sums)
-        means = [self._sums[n] / self._counts[n] for n in names]
-        values = mean_over_ranks(
-            torch.stack([*means, torch.as_tensor(self._skipped, device=means[0].device)])
-        ).tolist()
-        entry = {PREFIX + n: v for n, v in zip(names, values, strict=False) if not math.isnan(v)}
+        zero = torch.zeros((), device=self._skipped.device)
+        columns = [*(self._sums.get(n, zero) for n in FIELDS), *(self._counts.get(n, zero) for n in FIELDS)]
+        *values, skipped = mean_over_ranks(torch.stack([*columns, self._skipped])).tolist()
+        pairs = zip(FIELDS, values[: len(FIELDS)], values[len(FIELDS) :], strict=True)
+        entry = {PREFIX + name: total / count for name, total, count in pairs if count}
         entry[PREFIX + "perturbed_steps"] = self._perturbed
-        entry[PREFIX + "skipped_steps"] = round(values[-1])
+        entry[PREFIX + "skipped_steps"] = round(skipped)
         entry[PREFIX + "total_passes"] = self.total_passes
         self.__init__(self.total_passes)
         return entry

@@ -26,7 +26,7 @@ class LossCountMixin:
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As the parent's; at the first batch, find out whether the loss does what `num_items_in_batch` asks of it."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and not self._loss_count_known:
+        if batches and not self._loss_count_known and not self._counts_alone():
             self._loss_count_known = True
             if num_items is not None and self._loss_ignores_count(batches[0]):
                 self.model_accepts_loss_kwargs = False
@@ -52,6 +52,11 @@ class LossCountMixin:
             labels = inputs["labels"][..., 1:] if self._loss_shifts_labels else inputs["labels"]
         return labels.ne(-100).sum()
 
+    def _counts_alone(self) -> bool:
+        """Whether every batch is the whole of a step, so that its count is its own."""
+        parts = (self.args.gradient_accumulation_steps, self.accelerator.num_processes, self.args.num_micro_batches)
+        return all(n == 1 for n in parts)
+
     def _loss_ignores_count(self, inputs: dict[str, Any]) -> bool:
         """Whether the model takes `num_items_in_batch` and does nothing with it.
 
@@ -59,17 +64,16 @@ class LossCountMixin:
         processes` times too large. Two forwards that nobody sees tell: a loss that heeds the count halves when it
         doubles.
         """
-        alone = self.args.gradient_accumulation_steps == 1 and self.accelerator.num_processes == 1
-        alone = alone and self.args.num_micro_batches == 1
-        if alone or not self.model_accepts_loss_kwargs or self.compute_loss_func is not None:
+        if not self.model_accepts_loss_kwargs or self.compute_loss_func is not None:
             return False
         model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
         one, two = (self._unseen_loss(model, inputs, count) for count in (1, 2))
-        if not (torch.equal(one, two) and one != 0):
+        ignored = (one == two) & (one != 0)
+        if self.accelerator.reduce(ignored.float(), reduction="mean") < 1:  # one answer for all ranks
             return False
         warnings.warn(
             f"{type(model).__name__} takes num_items_in_batch but its loss ignores it, so a stock Trainer would make "
-            "the gradient accumulation × processes times too large; model_accepts_loss_kwargs=False mends it, and is set.",
+            "the gradient accumulation × processes times too large; model_accepts_loss_kwargs=False mends it now.",
             UserWarning,
             stacklevel=2,
         )

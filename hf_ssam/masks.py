@@ -98,7 +98,12 @@ def dynamic(sparsity: float, drop_rate: float, seed: int) -> Refresh:
         stay = max(int(live * (1 - rate)), 2 * live - at.space.numel(v))
         stays = largest(at.space, {n: t.abs() for n, t in v.items()}, stay, among=mask)
         grown = largest(at.space, noise, live - stay, among={n: ~t for n, t in mask.items()})
-        return {n: stays[n] | grown[n] for n in v}
+        exchanged = {n: stays[n] | grown[n] for n in v}
+        known = at.memory.plain("mask.filled")  # false while every step so far overflowed: the mask there is zeros
+        if known is None:
+            return exchanged
+        fresh = largest(at.space, noise, live)
+        return {n: torch.where(known.to(t.device), t, fresh[n]) for n, t in exchanged.items()}
 
     return refresh
 

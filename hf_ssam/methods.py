@@ -201,7 +201,7 @@ def _ausam(alpha: float, s_min: float, s_max: float, seed: int) -> Rules:
     return Rules(ascent.normalize, selection=picks, stateful=True)
 
 
-SEED = {"seed": Option(0, "of the method's own random draws; the same on every rank", 0)}
+SEED = {"seed": Option(0, "of the method's own random draws; the same on every rank", 0, 10_000_000)}
 K = {"k": Option(5, "k: a second pass every k-th step (reported for the paper)", 1)}
 ALPHA = {
     "alpha": Option(

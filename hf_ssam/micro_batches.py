@@ -30,6 +30,7 @@ class MicroBatch:
         num_items: `num_items_in_batch` of the whole window.
         last: whether gradients are synchronised after it.
         weight: its share of the batch that the parent was given, where that was split.
+        rows: which samples of that batch these are; None for all.
         passes: how often it has run.
     """
 
@@ -40,6 +41,7 @@ class MicroBatch:
     num_items: Tensor | int | None
     last: bool
     weight: float = 1.0
+    rows: Tensor | None = None
     passes: int = 0
 
     def __call__(self, indices: Tensor | None = None) -> Tensor:
@@ -85,7 +87,8 @@ class MicroBatch:
         size = batch_size(self.inputs)
         pieces = [piece for piece in torch.arange(size).tensor_split(parts) if len(piece)]
         return [
-            dataclasses.replace(self, inputs=part_of(self.inputs, piece), weight=len(piece) / size) for piece in pieces
+            dataclasses.replace(self, inputs=part_of(self.inputs, rows), weight=len(rows) / size, rows=rows)
+            for rows in pieces
         ]
 
 

@@ -40,7 +40,7 @@ class Option:
         """
         try:
             value = self._converted(raw)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             value = math.nan
         if not self._holds(value):
             raise ValueError(
@@ -78,7 +78,8 @@ class Option:
             return isinstance(value, bool)
         if isinstance(self.default, str):
             return value in self.choices if self.choices else isinstance(value, str)
-        return (self.low < value if self.above else self.low <= value) and value <= self.high
+        finite = math.isfinite(value) or value == self.default
+        return finite and (self.low < value if self.above else self.low <= value) and value <= self.high
 
 
 def _boolean(text: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers.trainer_utils import has_length
@@ -40,6 +41,8 @@ def refuse_optimizer(optimizer: Any) -> None:
     Raises:
         ValueError: if it takes two steps of its own, or is named after SAM.
     """
+    if isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
     if isinstance(optimizer, AdaSAM):
         return
     bases = type(optimizer).__mro__

@@ -40,7 +40,7 @@ class StepReport:
 
 def all_finite(*values: Tensor) -> Tensor:
     """Whether every one of some tensors of shape () is finite, decided on the first one's device."""
-    return torch.isfinite(torch.stack([v.detach().to(values[0].device, torch.float64) for v in values])).all()
+    return torch.stack([torch.isfinite(v.detach()).to(values[0].device) for v in values]).all()
 
 
 def merged(reports: list[StepReport]) -> StepReport:

@@ -215,8 +215,12 @@ class Space:
         for i, name in enumerate(names):
             positions.setdefault(self._groups[name], []).append(i)
         for groups, index in positions.items():
-            part = partial[index]
+            if not groups:
+                continue
+            # an index list is copied to the device, which waits for it
+            part = partial if len(index) == len(partial) else partial[index]
             for group in groups:
                 dist.all_reduce(part, group=group)
-            partial[index] = part
+            if part is not partial:
+                partial[index] = part
         return partial

@@ -89,7 +89,8 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
             self.two_pass.begin(self._loss_scale())
         loss = 0.0
         for run in [whole] if self.args.num_micro_batches == 1 else whole.split(self.args.num_micro_batches):
-            loss += self.two_pass.first_pass(run, self._share(run, num_items_in_batch), ids)
+            own = ids if ids is None or run.rows is None else ids[run.rows]
+            loss += self.two_pass.first_pass(run, self._share(run, num_items_in_batch), own)
         if last:
             self._finish_step()
         return loss
@@ -131,6 +132,7 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
         args = self.args
         args.check_ssam()
         self._refuse_what_cannot_work()
+        self._window_flos = 0.0
         self._ascent_start = first_ascent(args.ascent_start, max_steps)
         self._rho_factor = rho_factor(args.rho_scheduler_type, max_steps)
         method = args.method()
@@ -161,6 +163,11 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
         refusals.refuse_optimizer(self.optimizer)
         refusals.refuse_empty(self.train_dataset)
         trainable(self.model)
+        if self.args.num_micro_batches > 1 and self.compute_loss_func is not None:
+            raise ValueError(
+                f"num_micro_batches: {self.args.num_micro_batches} cannot be used with compute_loss_func, whose loss "
+                "is not known to be a share of the batch; use gradient_accumulation_steps with ascent_scope=micro_batch."
+            )
         if self.args.fp16 and self.accelerator.scaler is None:
             warnings.warn(
                 "fp16=True has no effect on this device: no gradient scaler is made and the run is in float32; "
@@ -173,7 +180,8 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
         step = self.state.global_step
         if not is_ascent_step(step, self._ascent_start, self.args.ascent_interval):
             return 0.0
-        lr_share = self.lr_scheduler.get_last_lr()[0] / (self.lr_scheduler.base_lrs[0] or 1.0)
+        group = self.optimizer.param_groups[0]
+        lr_share = group["lr"] / (group.get("initial_lr", self.args.learning_rate) or 1.0)
         return self._settings.rho * self._rho_factor(step, lr_share)
 
     def _loss_scale(self) -> Tensor | None:

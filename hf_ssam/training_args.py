@@ -158,6 +158,8 @@ class SSAMArgumentsMixin:
         Raises:
             ValueError: for a value out of range, an unknown option, or a base optimizer that steps inside backward.
         """
+        if self.sharpness_steps is not None and self.sharpness_steps < 1:
+            raise ValueError(f"sharpness_steps: {self.sharpness_steps} is not allowed; choose an integer from 1.")
         if not self.is_sharpness_aware:
             return
         checked_rho(self.rho, self.method())
@@ -176,17 +178,16 @@ class SSAMArgumentsMixin:
             if getattr(self, name) not in choices:
                 listed = ", ".join(choices)
                 raise ValueError(f"{name}: `{getattr(self, name)}` does not exist; choose one of {listed}.")
-        if not self.ascent_start >= 0:
+        if not 0 <= self.ascent_start < float("inf"):
             raise ValueError(f"ascent_start: {self.ascent_start} is not allowed; choose a ratio below 1, or a step.")
         if self.num_micro_batches > 1 and self.ascent_scope != "micro_batch":
             raise ValueError(
                 f"num_micro_batches: {self.num_micro_batches} has no effect under ascent_scope={self.ascent_scope}; "
                 "set ascent_scope=micro_batch, or leave it at 1."
             )
-        for name in ("ascent_interval", "sharpness_steps", "num_micro_batches"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value} is not allowed; choose an integer from 1.")
+        for name in ("ascent_interval", "num_micro_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not allowed; choose an integer from 1.")
 
 
 def _plain(name: Any) -> str:

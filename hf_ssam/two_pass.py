@@ -161,7 +161,9 @@ class TwoPass:
         if self._rules.takes_indices:
             for run in runs:
                 _check_takes_indices(run, self.method.name)
-        ids = [samples] * len(runs) if samples is None or isinstance(samples, Tensor) else list(samples)
+        ids = [samples] * len(runs) if samples is None else [samples] if isinstance(samples, Tensor) else list(samples)
+        if len(ids) != len(runs):
+            raise ValueError(f"samples: got {len(ids)} tensors of indices for {len(runs)} passes; give one for each.")
         self.begin(loss_scale)
         for run, these in zip(runs[:-1], ids[:-1], strict=True):
             self.first_pass(self.ranks.unsynchronized(run), 1 / len(runs), these)
@@ -226,8 +228,13 @@ class TwoPass:
         """Take up a state that `state_dict` gave.
 
         Raises:
-            ValueError: if it names parameters that this model does not train.
+            ValueError: if it is another method's, or names parameters that this model does not train.
         """
+        if state["method"] != self.method.name:
+            raise ValueError(
+                f"state: it is of method `{state['method']}` and this engine runs `{self.method.name}`; build the "
+                "engine with that method, or start afresh."
+            )
         plain = {PLAIN: {n: t.to(self._device) for n, t in state["memory"].get(PLAIN, {}).items()}}
         vectors = {slot: v for slot, v in state["memory"].items() if slot != PLAIN}
         unknown = sorted({n for v in vectors.values() for n in v} - set(self.space.params))
@@ -325,6 +332,7 @@ class TwoPass:
     def _second(self, window: Window, u: Vector) -> Tensor:
         """Run the window at `w + ρ u`."""
         with self._moved(u):
+            u.clear()  # it has been added, and is a model's worth of memory
             self.space.clear_grads()
             self.ranks.buffers_due = window.buffers_due
             with self._replay.rewound(window.buffers_seen):
@@ -378,6 +386,8 @@ class TwoPass:
     def _unit(self, window: Window) -> float | Tensor:
         """What the window's gradient is a multiple of: the loss scale, and its share where it ascends by itself."""
         share = 1.0 if self.ranks.scope == "global" else window.share
+        if isinstance(share, Tensor):  # of no counted item: its gradient is zero in any unit
+            share = torch.where(share == 0, torch.ones_like(share), share)
         return share if window.loss_scale is None else share * window.loss_scale
 
     def _grads(self, unit: float | Tensor) -> Vector:

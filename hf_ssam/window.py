@@ -103,6 +103,6 @@ def _add_square(total: Vector, seen: Seen, i: int, space: Space, ranks: Ranks) -
     seen.rewind()
     with ranks.deferred():
         seen.run(torch.tensor([i]))
-    grads = {n: g.to(total[n].dtype) for n, g in space.grads().items() if n in total}
+    grads = {n: g.to(total[n].dtype).nan_to_num(0.0, 0.0, 0.0) for n, g in space.grads().items() if n in total}
     squares = list(grads.values())
     torch._foreach_addcmul_([total[n] for n in grads], squares, squares)

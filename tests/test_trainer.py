@@ -66,7 +66,9 @@ def optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
 def test_without_a_perturbation_it_is_the_stock_trainer_bit_for_bit(base, model, ours):
     """Law 1, both halves: after 20 steps weights, buffers, optimizer, generators and logs are the same bits."""
     momentum = base == "sgd momentum"
-    stock, stock_rng = run(MODELS[model][2], arguments(TrainingArguments, max_steps=20, **BASES[base]), model, momentum)
+    stock, stock_rng = run(
+        MODELS[model][2], arguments(TrainingArguments, max_steps=20, **BASES[base]), model, momentum
+    )
     ours_args = arguments(SSAMTrainingArguments, max_steps=20, base_optim=BASES[base]["optim"], **ours)
     trainer, rng = run(SSAMTrainer, ours_args, model, momentum)
     assert_identical(weights(stock.model), weights(trainer.model))
@@ -217,7 +219,9 @@ def test_extra_keys_of_a_collator_reach_compute_loss_in_both_passes():
 def test_the_parents_bookkeeping_counts_once():
     counts = {"include_num_input_tokens_seen": "all", "max_steps": 4}
     ours = trained(bert(), arguments(optim="sam", rho=1e-30, **counts), text_data())
-    stock = trained(bert(), arguments(TrainingArguments, optim="adamw_torch_fused", **counts), text_data(), MendedTrainer)
+    stock = trained(
+        bert(), arguments(TrainingArguments, optim="adamw_torch_fused", **counts), text_data(), MendedTrainer
+    )
     assert ours.state.num_input_tokens_seen == stock.state.num_input_tokens_seen == 4 * 8 * 10
     assert ours.state.log_history[-1]["train_loss"] == stock.state.log_history[-1]["train_loss"]
     assert ours.state.total_flos == 2 * stock.state.total_flos

@@ -103,7 +103,9 @@ def test_the_seq2seq_arguments_keep_their_own_fields():
 
 
 def test_the_base_optimizer_gets_its_own_arguments():
-    args = arguments(optim="ssam", optim_args="max_scale=2", base_optim="adamw_torch", adam_beta1=0.8, learning_rate=0.3)
+    args = arguments(
+        optim="ssam", optim_args="max_scale=2", base_optim="adamw_torch", adam_beta1=0.8, learning_rate=0.3
+    )
     trainer = SSAMTrainer(model=bert(), args=args, train_dataset=text_data())
     group = trainer.create_optimizer().param_groups[0]
     assert group["betas"][0] == 0.8 and group["lr"] == 0.3
@@ -143,7 +145,8 @@ def test_values_set_later_are_refused_when_training_starts():
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [(None, {}), ("", {}), ("k=5,alpha=0.1", {"k": "5", "alpha": "0.1"}), (" a = b ,", {"a": "b"})]
+    ("text", "expected"),
+    [(None, {}), ("", {}), ("k=5,alpha=0.1", {"k": "5", "alpha": "0.1"}), (" a = b ,", {"a": "b"})],
 )
 def test_options_are_read_as_the_stock_field_writes_them(text, expected):
     assert parse_optim_args(text) == expected

@@ -69,7 +69,9 @@ def test_truncated_ssam_never_lengthens_the_gradient():
     for batch in batches:
         report = engine.step(backward_of(model, batch))
         d = reference.flat(p.grad for p in model.parameters())
-        torch.testing.assert_close(d.norm(), torch.minimum(report.grad_norm, report.ascent_grad_norm), rtol=1e-11, atol=0)
+        torch.testing.assert_close(
+            d.norm(), torch.minimum(report.grad_norm, report.ascent_grad_norm), rtol=1e-11, atol=0
+        )
         model.zero_grad()
 
 
@@ -248,7 +250,9 @@ def backward(loss: Tensor) -> Tensor:
 
 def test_a_zero_gradient_stays_zero(case: Case):
     model = nn.Linear(3, 2)
-    report = TwoPass(model, case.method, case.rho, **case.options).step(lambda: backward(0.0 * model(torch.ones(1, 3)).sum()))
+    report = TwoPass(model, case.method, case.rho, **case.options).step(
+        lambda: backward(0.0 * model(torch.ones(1, 3)).sum())
+    )
     assert all(p.grad.abs().max() == 0 for p in model.parameters())
     assert not report.skipped
 
