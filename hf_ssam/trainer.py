@@ -165,8 +165,8 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
         trainable(self.model)
         if self.args.num_micro_batches > 1 and self.compute_loss_func is not None:
             raise ValueError(
-                f"num_micro_batches: {self.args.num_micro_batches} cannot be used with compute_loss_func, whose loss "
-                "is not known to be a share of the batch; use gradient_accumulation_steps with ascent_scope=micro_batch."
+                f"num_micro_batches: {self.args.num_micro_batches} cannot be used with compute_loss_func, whose "
+                "loss may not be a share of the batch; use gradient_accumulation_steps with ascent_scope=micro_batch."
             )
         if self.args.fp16 and self.accelerator.scaler is None:
             warnings.warn(

@@ -364,7 +364,7 @@ def test_a_split_batch_is_msam(task):
 
 
 def test_uneven_parts_weigh_by_their_samples():
-    """Unnormalised ascent over one radius of zero length: the gradient of 7 samples in 3 parts is that of the batch."""
+    """Unnormalised ascent, a radius of zero: the gradient of 7 samples in 3 parts is that of the batch."""
     given = {"max_steps": 3, "learning_rate": 0.1, "per_device_train_batch_size": 7, "max_grad_norm": 0.0}
     whole = trained(bert(0.0), case_arguments(Case("sam", rho=0.0), **given), text_data())
     parts = trained(
