@@ -2,8 +2,7 @@
 
     ssam_state.json     method, options, ρ, counters
     ssam_state/         the method's vectors, if it keeps any, by slot and parameter name: a
-    torch.distributed.checkpoint,
-                        so that a state saved by N ranks is read by M
+                        torch.distributed.checkpoint, so that a state saved by N ranks is read by M
 
 The Trainer writes `trainer_state.json` last; both of ours are on disk before it, so a checkpoint with a readable one
 is whole.
@@ -25,7 +24,7 @@ from torch import Tensor
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .rules import PLAIN
+from .memory import PLAIN
 
 STATE_FILE = "ssam_state.json"
 STATE_FOLDER = "ssam_state"
@@ -66,6 +65,7 @@ def save_state(
         content = {
             **_jsonable(settings.__dict__),
             "steps": state["steps"],
+            "elapsed": state["elapsed"],
             "total_passes": total_passes,
             "vectors": sorted(flat),
         }

@@ -4,8 +4,7 @@
     dynamic    M drops its smallest |g| and grows at random, as in sparse training         (the same paper)
     tensor     whole tensors, by their mean F                                    (Mi et al. 2023, arXiv 2306.17504)
     N:M        of every M coordinates that meet in a product, the N with the largest F     (the same paper)
-    random     each coordinate with probability β, divided by β: E[u] = v     (ESAM's SWP, Du et al. 2022, arXiv
-    2110.03141)
+    random     each coordinate with probability β, divided by β: E[u] = v      (ESAM's SWP, Du et al. 2022, 2110.03141)
 
 `v` is normalised by the norm of all of it beforehand and not again, so that `‖e‖ ≤ ρ`, as in the official code. Masks
 come from reduced gradients and from seeds that the step alone determines: ranks and shards agree on them without a

@@ -14,58 +14,12 @@ from typing import Any
 
 import torch
 
-from . import ascent, descent, masks, papers, selection
+from . import descent, papers, recipes
 from .adasam import AdaSAM
 from .options import Option, Value, read_options
 from .papers import Paper
-from .rules import Rule, chain
-from .selection import Selection
-from .tensors import Space
-
-Check = Callable[[Space, tuple[str, ...]], None]
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What the engine runs.
-
-    Attributes:
-        ascent: `g -> u`, so that the second pass is taken at `w + ρ u`.
-        descent: `ĝ -> d`.
-        keeps_gradient: whether `descent` reads `at.g`; otherwise `g` is freed before the second pass.
-        period: the second pass is taken at every `period`-th step that the method is at work in; 0: never.
-        reuse: `g -> d` at the other steps.
-        anticipate: `{} -> u`, from memory alone, so that the first pass is taken at `w + ρ u`; None: at `w`.
-        selection: which samples the passes run on; None: all.
-        per_example: whether a rule asks for the gradient of single samples.
-        checks: `(space, perturbed names)`, raising where the model does not fit the method.
-        stateful: whether a rule keeps something of the gradients in memory, which must then be the same on every rank.
-    """
-
-    ascent: Rule = chain()
-    descent: Rule = chain()
-    keeps_gradient: bool = False
-    period: int = 1
-    reuse: Rule = chain()
-    anticipate: Rule | None = None
-    selection: Selection | None = None
-    per_example: bool = False
-    checks: tuple[Check, ...] = ()
-    stateful: bool = False
-
-    @property
-    def takes_indices(self) -> bool:
-        """Whether passes are run on some of a batch's samples."""
-        return self.per_example or self.selection is not None
-
-    @property
-    def needs_ids(self) -> bool:
-        """Whether the method must know which sample of the data set is which."""
-        return self.selection is not None and self.selection.learn is not None
-
-    def ascends(self, step: int) -> bool:
-        """Whether step `step` (from 0) takes a second pass."""
-        return self.period > 0 and step % self.period == 0
+from .recipes import Rules
+from .rules import chain
 
 
 @dataclass(frozen=True)
@@ -118,89 +72,6 @@ ETA = {"eta": Option(0.01, "η in T = |w| + η (official ASAM code)", 0.0)}
 WEIGHTS_ONLY = {"weights_only": Option(False, "T on parameters named `weight` only, as the official ASAM code has it")}
 
 
-def _sam(normalize: bool = True, adaptive: bool = False, eta: float = 0.01, weights_only: bool = False) -> Rules:
-    metric = ascent.adaptive(eta, weights_only) if adaptive else None
-    return Rules(ascent=ascent.direction(normalize, metric))
-
-
-def _usam() -> Rules:
-    return _sam(normalize=False)
-
-
-def _asam(eta: float, weights_only: bool) -> Rules:
-    return _sam(adaptive=True, eta=eta, weights_only=weights_only)
-
-
-def _friendly_sam(sigma: float, lam: float, ema_order: str) -> Rules:
-    rule = ascent.friendly(sigma, lam, ema_order)
-    return Rules(ascent=chain(rule, ascent.normalize), stateful=sigma > 0)
-
-
-def _vasso(theta: float) -> Rules:
-    return Rules(ascent=chain(ascent.smoothed(theta), ascent.normalize), stateful=theta < 1)
-
-
-def _looksam(k: int, alpha: float, first: Rule = ascent.normalize) -> Rules:
-    return Rules(
-        first, descent.keep_orthogonal, keeps_gradient=True, period=k, reuse=descent.look(alpha), stateful=True
-    )
-
-
-def _look_layersam(k: int, alpha: float, layer_scale: str) -> Rules:
-    return _looksam(k, alpha, ascent.layerwise(by_weight=layer_scale == "weight"))
-
-
-def _gsam(alpha: float) -> Rules:
-    return Rules(ascent.normalize, descent.less_of_what_is_orthogonal(alpha), keeps_gradient=True)
-
-
-def _wsam(gamma: float) -> Rules:
-    return Rules(ascent.normalize, descent.weighted(gamma / (1 - gamma)), keeps_gradient=True)
-
-
-def _momentum_sam(momentum: float) -> Rules:
-    return Rules(period=0, reuse=descent.remember(momentum), anticipate=ascent.anticipation, stateful=True)
-
-
-def _sparse_sam(
-    mask: str, sparsity: float, structure: str, update_freq: int, num_samples: int, drop_rate: float, seed: int
-) -> Rules:
-    if sparsity == 0 and structure == "element":
-        return _sam()
-    if mask == "dynamic":
-        if structure != "element":
-            raise ValueError(
-                f"optim_args: structure={structure} is not allowed with mask=dynamic; choose mask=fisher, or "
-                "structure=element."
-            )
-        refresh, checks = masks.dynamic(sparsity, drop_rate, seed), ()
-    elif structure == "element":
-        refresh, checks = masks.fisher(sparsity, num_samples), (masks.whole_gradients,)
-    elif structure == "tensor":
-        refresh, checks = masks.fisher_tensors(sparsity, num_samples), (masks.whole_gradients,)
-    else:
-        n, m = masks.read_n_of_m(structure)
-        refresh, checks = masks.fisher_n_of_m(n, m, num_samples), (masks.whole_gradients, masks.divides(m))
-    rule = chain(ascent.normalize, masks.masked(refresh, update_freq))
-    return Rules(rule, per_example=mask == "fisher", checks=checks, stateful=True)
-
-
-def _esam(beta: float, gamma: float, seed: int) -> Rules:
-    picks = Selection(between=selection.sharpest(gamma)) if gamma < 1 else None
-    return Rules(chain(ascent.normalize, masks.random_subset(beta, seed)), selection=picks)
-
-
-def _ausam(alpha: float, s_min: float, s_max: float, seed: int) -> Rules:
-    if s_min > s_max:
-        raise ValueError(
-            f"optim_args: s_min={s_min} is above s_max={s_max} for method `ausam`; choose s_min <= s_max."
-        )
-    if alpha == 1:
-        return _sam()
-    picks = Selection(before=selection.by_rise(alpha, s_min, s_max, seed), learn=selection.average_rise)
-    return Rules(ascent.normalize, selection=picks, stateful=True)
-
-
 SEED = {"seed": Option(0, "of the method's own random draws; the same on every rank", 0, 10_000_000)}
 K = {"k": Option(5, "k: a second pass every k-th step (reported for the paper)", 1)}
 ALPHA = {
@@ -214,17 +85,17 @@ _TABLE = (
     Method(
         "ssam",
         "Stable SAM: the gradient at w + e, rescaled to the length of the gradient at w: d = (‖g‖/‖ĝ‖) ĝ.",
-        _sam,
+        recipes.sam,
         0.05,
         papers.SSAM,
         {**NORMALIZE, **ADAPTIVE, **ETA, **_renormalize(True)},
     ),
-    Method("sam", "SAM: the gradient at w + ρ g/‖g‖.", _sam, 0.05, papers.SAM, RENORMALIZE),
-    Method("usam", "Unnormalised SAM: the gradient at w + ρ g.", _usam, 0.05, papers.USAM, RENORMALIZE),
+    Method("sam", "SAM: the gradient at w + ρ g/‖g‖.", recipes.sam, 0.05, papers.SAM, RENORMALIZE),
+    Method("usam", "Unnormalised SAM: the gradient at w + ρ g.", recipes.usam, 0.05, papers.USAM, RENORMALIZE),
     Method(
         "asam",
         "Adaptive SAM: the gradient at w + ρ T²g/‖T g‖ with T = |w| + η, which no rescaling of a layer changes.",
-        _asam,
+        recipes.asam,
         0.5,
         papers.ASAM,
         {**ETA, **WEIGHTS_ONLY, **RENORMALIZE},
@@ -232,7 +103,7 @@ _TABLE = (
     Method(
         "friendly_sam",
         "Friendly SAM: the gradient at w + ρ q/‖q‖ with q = g − σ m, m a moving average of the gradients.",
-        _friendly_sam,
+        recipes.friendly_sam,
         0.05,
         papers.FRIENDLY_SAM,
         {
@@ -245,7 +116,7 @@ _TABLE = (
     Method(
         "looksam",
         "LookSAM: SAM every k-th step; between, d = g + α (‖g‖/‖g_v‖) g_v, with g_v what SAM's had orthogonal to g.",
-        _looksam,
+        recipes.looksam,
         0.05,
         papers.LOOKSAM,
         {**K, **ALPHA, **RENORMALIZE},
@@ -254,7 +125,7 @@ _TABLE = (
     Method(
         "look_layersam",
         "Look-LayerSAM: LookSAM with a perturbation of its own for each tensor, e_l = ρ ‖w_l‖ g_l/‖g_l‖.",
-        _look_layersam,
+        recipes.look_layersam,
         0.05,
         papers.LOOKSAM,
         {
@@ -268,7 +139,7 @@ _TABLE = (
     Method(
         "sparse_sam",
         "Sparse SAM: the gradient at w + ρ M ⊙ g/‖g‖ with a mask M of the coordinates that matter.",
-        _sparse_sam,
+        recipes.sparse_sam,
         0.05,
         papers.SPARSE_SAM,
         {
@@ -288,7 +159,7 @@ _TABLE = (
     Method(
         "esam",
         "ESAM: a random share β of the coordinates is perturbed; pass 2 takes the γ|B| samples that rose most.",
-        _esam,
+        recipes.esam,
         0.05,
         papers.ESAM,
         {
@@ -302,7 +173,7 @@ _TABLE = (
     Method(
         "ausam",
         "AUSAM: SAM on α|B| samples, drawn by how much each one's loss has risen under perturbation so far.",
-        _ausam,
+        recipes.ausam,
         0.05,
         papers.AUSAM,
         {
@@ -319,7 +190,7 @@ _TABLE = (
     Method(
         "gsam",
         "GSAM: d = ĝ − α g⊥, without a share of the part of g that is orthogonal to ĝ.",
-        _gsam,
+        recipes.gsam,
         0.05,
         papers.GSAM,
         {"alpha": Option(0.4, "α: share of g⊥ taken out; 0 is SAM", 0.0), **RENORMALIZE},
@@ -327,7 +198,7 @@ _TABLE = (
     Method(
         "wsam",
         "WSAM, coupled form: d = (1 − κ) g + κ ĝ with κ = γ/(1 − γ).",
-        _wsam,
+        recipes.wsam,
         0.05,
         papers.WSAM,
         {
@@ -340,7 +211,7 @@ _TABLE = (
     Method(
         "vasso",
         "VaSSO: the gradient at w + ρ d/‖d‖ with d ← (1 − θ) d + θ g.",
-        _vasso,
+        recipes.vasso,
         0.2,
         papers.VASSO,
         {
@@ -351,7 +222,7 @@ _TABLE = (
     Method(
         "momentum_sam",
         "Momentum-SAM: one gradient, at w − ρ m/‖m‖ with m a momentum buffer of its own.",
-        _momentum_sam,
+        recipes.momentum_sam,
         1.0,
         papers.MOMENTUM_SAM,
         {"momentum": Option(0.9, "μ in m ← μ m + g", 0.0, 0.9999)},
@@ -360,7 +231,7 @@ _TABLE = (
     Method(
         "adasam",
         "AdaSAM: SAM's gradient in an AMSGrad of its own, without bias correction.",
-        _sam,
+        recipes.sam,
         0.05,
         papers.ADASAM,
         optimizer=AdaSAM,

@@ -137,7 +137,7 @@ class Ranks:
         """Whether `finite` (bool, shape ()) holds on every rank; a loss is local, and one rank must not step alone."""
         if self._group is None:
             return finite
-        votes = finite.to(next(iter(self._space.params.values())).device, torch.float32)
+        votes = finite.to(self._space.device, torch.float32)
         dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self._group)
         return votes.bool()
 

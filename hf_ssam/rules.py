@@ -11,77 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from .memory import Memory
 from .tensors import Space, Vector, added, scaled
-
-PLAIN = "plain"
-
-
-class Memory:
-    """The vectors a method keeps between steps, by slot and parameter name.
-
-    The slot `PLAIN` holds tensors that belong to no parameter (flags, per-sample scores), the same on every rank.
-
-    Rules read what earlier steps committed and stage what this step leaves; the engine commits once both passes are
-    known to be finite, so an overflow leaves the method's state untouched (law 7: the decision stays on the device).
-    Where each micro-batch ascends by itself, each commits, and `end` takes all of it back if any was not finite.
-    """
-
-    def __init__(self) -> None:
-        self.slots: dict[str, Vector] = {}
-        self._staged: dict[str, Vector] = {}
-        self._before: dict[str, Vector] = {}
-
-    def begin(self) -> None:
-        """Remember what the last step left, to go back to."""
-        self._before = dict(self.slots)
-
-    def read(self, slot: str) -> Vector:
-        """What the last finite step left in `slot`; empty before the first."""
-        return self.slots.get(slot, {})
-
-    def stage(self, slot: str, v: Vector) -> None:
-        """Leave `v` for the next step: tensors of the caller's own, since a gradient's storage is written to again."""
-        self._staged[slot] = v
-        filled = {f"{slot}.filled": torch.ones((), dtype=torch.bool, device=t.device) for t in list(v.values())[:1]}
-        self.stage_plain(filled)
-
-    def stage_plain(self, tensors: Vector) -> None:
-        """Leave tensors that belong to no parameter, by name, for the next step."""
-        self._staged[PLAIN] = {**self._staged.get(PLAIN, {}), **tensors}
-
-    def plain(self, name: str) -> Tensor | None:
-        """The tensor that the last finite step left under `name`; None before the first."""
-        return self.slots.get(PLAIN, {}).get(name)
-
-    def filled(self, slot: str) -> Tensor:
-        """1 where a finite step has filled `slot`, else 0, shape (): until one has, what it holds is zeros (law 7)."""
-        known = self.slots[PLAIN][f"{slot}.filled"]
-        return known.to(torch.float64 if known.device.type == "cpu" else torch.float32)
-
-    def commit(self, finite: Tensor) -> None:
-        """Accept what was staged where `finite` (bool, shape ()) holds; elsewhere keep what was there (or zeros)."""
-        for slot, v in self._staged.items():
-            old = self.slots.get(slot, {})
-            self.slots[slot] = {**old, **_chosen(finite, v, old)}
-        self._staged.clear()
-
-    def end(self, finite: Tensor, commits: int) -> None:
-        """Close a step; of several commits, take back all where `finite` (bool, shape ()) does not hold."""
-        if commits > 1:
-            self.slots = {slot: _chosen(finite, v, self._before.get(slot, {})) for slot, v in self.slots.items()}
-        self._before = {}
-
-    def drop(self) -> None:
-        """Forget what was staged and what was committed since `begin`: the step did not happen."""
-        self._staged.clear()
-        self.slots = dict(self._before)
-
-
-def _chosen(finite: Tensor, new: Vector, old: Vector) -> Vector:
-    return {n: torch.where(finite.to(t.device), t, old.get(n, torch.zeros_like(t))) for n, t in new.items()}
 
 
 @dataclass

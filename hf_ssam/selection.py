@@ -1,8 +1,7 @@
 """Which samples: rules that pick the part of a batch that a pass runs on.
 
-    ESAM    pass 1 on B, pass 2 on the γ|B| samples whose loss rises most at w + e     (Du et al. 2022, arXiv
-    2110.03141) AUSAM   both passes on α|B| samples, drawn by how much their losses have risen so far  (Deng et al.
-    2024, 2406.08001)
+    ESAM    pass 1 on B, pass 2 on the γ|B| samples whose loss rises most at w + e     (Du et al. 2022, 2110.03141)
+    AUSAM   both passes on α|B| samples, drawn by how much theirs have risen so far    (Deng et al. 2024, 2406.08001)
 
 They select within each micro-batch, and compare losses only between forwards of the same samples under the same
 dropout.
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .rules import Memory
+from .memory import Memory
 
 
 @dataclass(frozen=True)

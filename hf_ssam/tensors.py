@@ -120,6 +120,22 @@ class Space:
         for p in self.params.values():
             p.grad = None
 
+    def take_grads(self) -> dict[str, Tensor]:
+        """The `.grad` of every parameter that has one, taken out of it."""
+        taken = {n: p.grad for n, p in self.params.items() if p.grad is not None}
+        self.clear_grads()
+        return taken
+
+    def add_grads_to(self, earlier: dict[str, Tensor]) -> None:
+        """Make `.grad` the sum of what was taken earlier and what is there now, in the order autograd would have."""
+        present = self.grads()
+        both = [n for n in earlier if n in present]
+        if both:
+            sums = torch._foreach_add([local(earlier[n]) for n in both], [present[n] for n in both])
+            torch._foreach_copy_([present[n] for n in both], sums)
+        for name in earlier.keys() - present.keys():
+            self.params[name].grad = earlier[name]
+
     def write_grads(self, d: Vector) -> None:
         """Make `d` the gradient: in place where one exists (DDP may alias it to a bucket), else as a new tensor."""
         present = self.grads()
@@ -200,6 +216,11 @@ class Space:
     def numel(self, names: Iterable[str]) -> int:
         """Number of coordinates of the named parameters, whole across shards."""
         return sum(self.params[n].numel() for n in names)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter is."""
+        return next(iter(self.params.values())).device
 
     @property
     def is_sharded(self) -> bool:

@@ -13,26 +13,27 @@ once; a host that hands them over one at a time calls the phases `begin`, `first
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .methods import Method, Rules, checked_rho, get_method
+from .memory import Memory
+from .methods import Method, checked_rho, get_method
 from .parameters import perturbed_names, trainable, transposed_names, unwrapped
-from .per_sample import per_sample_losses
 from .precision import is_low_precision, survival, warn_if_lost
 from .ranks import Ranks
+from .recipes import Rules
 from .replay import Replay
 from .report import StepReport, all_finite, merged
-from .rules import PLAIN, At, Memory
-from .selection import Draw
-from .tensors import Snapshot, Space, Vector, local, move, scaled
-from .watch import PerSampleLoss, Sighting, Watch
+from .requirements import check_engine, check_takes_indices
+from .rules import At
+from .samples import Samples
+from .tensors import Snapshot, Space, Vector, move, scaled
+from .watch import PerSampleLoss, Sighting
 from .window import RunPass, Seen, Window, squared_gradients
 
 
@@ -61,6 +62,8 @@ class TwoPass:
         **options: the method's own options.
 
     Attributes:
+        steps: how many steps the method has been at work in, ρ above 0.
+        elapsed: how many steps there have been in all.
         batch: what the pass at hand was given, where a host takes the labels out before the model sees them.
 
     Raises:
@@ -91,33 +94,15 @@ class TwoPass:
         self.perturbed = perturbed_names(model, perturb, self.space.params)
         self.ranks = Ranks(model, scope, self.space)
         self._rules: Rules = self.method.rules()
-        if self._rules.stateful and scope != "global" and self.ranks.world_size > 1:
-            raise ValueError(
-                f"ascent_scope: under `{scope}` every rank would keep its own state of method `{self.method.name}`, "
-                "and they would drift apart; choose ascent_scope=global, or a method without state such as ssam."
-            )
-        if self._rules.period != 1 and scope == "micro_batch":
-            raise ValueError(
-                f"ascent_scope: method `{self.method.name}` hands on one vector from step to step, which is not a "
-                "micro-batch's own; choose ascent_scope=global, or a method that takes both passes at each step."
-            )
+        check_engine(self._rules, self.method.name, scope, self.ranks.world_size, replay_rng, dataset_size)
         for check in self._rules.checks:
             check(self.space, self.perturbed)
-        self._selection = self._rules.selection
-        if self._selection is not None and not replay_rng:
-            raise ValueError(
-                f"replay_rng: method `{self.method.name}` compares losses of two passes, which mean nothing under "
-                "different dropout masks; leave replay_rng on."
-            )
-        if self._rules.needs_ids and dataset_size is None:
-            raise ValueError(
-                f"dataset_size: method `{self.method.name}` keeps a score of each sample and needs their number; pass "
-                "dataset_size=len(dataset)."
-            )
-        self.dataset_size, self.total_steps = dataset_size, total_steps
-        self._watch = self._new_watch(unwrapped(model), per_sample_loss) if self._rules.takes_indices else None
+        self._samples = Samples(
+            self._rules, self.method.name, unwrapped(model), per_sample_loss, lambda: self.batch, dataset_size
+        )
+        self.total_steps = total_steps
         self.offload_snapshot = offload_snapshot
-        self.steps = 0
+        self.steps = self.elapsed = 0
         self.batch: Mapping[str, Any] = {}
         self._memory = Memory()
         self._replay = Replay(unwrapped(model), replay_rng)
@@ -160,7 +145,7 @@ class TwoPass:
             raise ValueError("run_pass: got an empty list; pass a callable, or one callable for each micro-batch.")
         if self._rules.takes_indices:
             for run in runs:
-                _check_takes_indices(run, self.method.name)
+                check_takes_indices(run, self.method.name)
         ids = [samples] * len(runs) if samples is None else [samples] if isinstance(samples, Tensor) else list(samples)
         if len(ids) != len(runs):
             raise ValueError(f"samples: got {len(ids)} tensors of indices for {len(runs)} passes; give one for each.")
@@ -198,11 +183,11 @@ class TwoPass:
         with self._abandoned_on_error():
             if self.ranks.scope != "micro_batch":
                 return self._first(self._window, run, share, samples)
-            carried = self._taken_grads()
+            earlier = self.space.take_grads()
             window = self._new_window(self._window.loss_scale)
             loss = self._first(window, run, share, samples)
             self._reports.append(self._close(window))
-            self._add_grads(carried)
+            self.space.add_grads_to(earlier)
             return loss
 
     def finish(self) -> StepReport:
@@ -210,47 +195,38 @@ class TwoPass:
         with self._abandoned_on_error():
             reports = self._reports or [self._close(self._window)]
             self.ranks.average()
+            report = self._settled(merged(reports))
         self._window = None
         self.steps += self._at_work
-        report = merged(reports)
+        self.elapsed += 1
         self._memory.end(~report.skipped, len(reports))
         return report
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart: tensors by slot and parameter name, sharded as the parameters are."""
-        memory = {
-            slot: dict(v) if slot == PLAIN else {n: self.space.globalized(n, t) for n, t in v.items()}
-            for slot, v in self._memory.slots.items()
+        """What must survive a restart: counters, and tensors by slot and parameter name, sharded as parameters are."""
+        return {
+            "method": self.method.name,
+            "steps": self.steps,
+            "elapsed": self.elapsed,
+            "memory": self._memory.to_state(self.space),
         }
-        return {"method": self.method.name, "steps": self.steps, "memory": memory}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state that `state_dict` gave.
 
         Raises:
-            ValueError: if it is another method's, or names parameters that this model does not train.
+            ValueError: if it is another method's, names parameters that this model does not train, or scores the
+                samples of another data set.
         """
         if state["method"] != self.method.name:
             raise ValueError(
                 f"state: it is of method `{state['method']}` and this engine runs `{self.method.name}`; build the "
                 "engine with that method, or start afresh."
             )
-        plain = {PLAIN: {n: t.to(self._device) for n, t in state["memory"].get(PLAIN, {}).items()}}
-        vectors = {slot: v for slot, v in state["memory"].items() if slot != PLAIN}
-        unknown = sorted({n for v in vectors.values() for n in v} - set(self.space.params))
-        if unknown:
-            raise ValueError(
-                f"state: it holds vectors for `{unknown[0]}` and {len(unknown) - 1} more that this model does not "
-                "train; resume with the model that the state was saved with, or start a new run."
-            )
-        self.steps = state["steps"]
-        self._memory.slots = plain | {
-            slot: {n: self.space.localized(n, t) for n, t in v.items()} for slot, v in vectors.items()
-        }
-
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self.space.params.values())).device
+        memory = Memory()
+        memory.take_up(state["memory"], self.space)
+        self._samples.check(memory)
+        self._memory, self.steps, self.elapsed = memory, state["steps"], state["elapsed"]
 
     def _new_window(self, loss_scale: float | Tensor | None) -> Window:
         return Window(self._replay.saw_buffers(), self.ranks.buffers_due, loss_scale, anticipated=self._anticipated())
@@ -263,16 +239,11 @@ class TwoPass:
         at = At(self.space, w, {}, torch.zeros(()), self.rho, self.steps, self._memory)
         return self._rules.anticipate({}, at)
 
-    def _new_watch(self, model: nn.Module, per_sample_loss: PerSampleLoss | None) -> Watch:
-        if self._selection is None:
-            return Watch(model, None)
-        losses_of = per_sample_loss or partial(per_sample_losses, model)
-        return Watch(model, losses_of, lambda: {n: t for n, t in self.batch.items() if n == "labels"})
-
     def _first(self, window: Window, run: RunPass, share: float | Tensor, samples: Tensor | None) -> Tensor:
         seen = Seen(run, self._replay.saw_rng(), samples)
-        if self.rho > 0 and self._selection is not None and self._selection.before is not None:
-            self._pick(seen, len(self._reports) + len(window.passes))
+        if self.rho > 0:
+            position = len(self._reports) + len(window.passes)
+            self._samples.pick(seen, self._memory, self.steps, position, self.space.device)
         window.passes.append(seen)
         window.share = window.share + share
         with self._moved(window.anticipated):
@@ -280,34 +251,23 @@ class TwoPass:
         window.loss = window.loss + loss
         return loss
 
-    def _pick(self, seen: Seen, position: int) -> None:
-        """Choose the samples that both passes of a micro-batch run on."""
-        if seen.ids is None:
-            raise ValueError(
-                f"samples: method `{self.method.name}` needs the dataset index of each sample; pass samples=indices, "
-                "shape (B,), with each batch."
-            )
-        seen.ids = seen.ids.to(self._device)
-        seen.index = self._selection.before(Draw(seen.ids, self._memory, self.steps, position))
-        seen.first = len(seen.index) / len(seen.ids)
-
     def _run(self, run: RunPass, index: Tensor | None) -> tuple[Tensor, Sighting | None]:
-        watching = nullcontext() if self._watch is None or self.rho == 0 else self._watch.watching()
+        watching = self._samples.watching() if self.rho > 0 else nullcontext()
         with self.ranks.context(), watching as sight:
             loss = run() if index is None else run(index)
         return loss.detach(), sight
 
     def _close(self, window: Window) -> StepReport:
         """The second half of a window: from `g` in `.grad` to `d` in `.grad`."""
-        unit = self._unit(window)
+        unit = window.unit(self.ranks.scope)
         g = self._grads(unit)
         grad_norm = self.space.norm(g)
         targets = {n: g[n] for n in self.perturbed if n in g} if self.rho > 0 else {}
         if not targets:
-            return StepReport(window.loss, grad_norm, ~self.ranks.agreed(all_finite(window.loss, grad_norm)))
+            return StepReport(window.loss, grad_norm, ~self._agreed(all_finite(window.loss, grad_norm)))
         targets = g if len(targets) == len(g) else targets
         at = At(self.space, self.space.weights(targets), g, grad_norm, self.rho, self.steps, self._memory)
-        at.progress = min(1.0, self.steps / self.total_steps) if self.total_steps else 0.0
+        at.progress = min(1.0, self.elapsed / self.total_steps) if self.total_steps else 0.0
         at.fisher = squared_gradients(window, self.space, self.ranks, self._replay)
         self._at_work = True
         if not self._rules.ascends(self.steps):
@@ -321,9 +281,9 @@ class TwoPass:
         ascent_loss = self._second(window, u)
         ascent_grads = self._grads(unit)
         ascent_grad_norm = at.norm(ascent_grads)
-        finite = self.ranks.agreed(all_finite(window.loss, ascent_loss, grad_norm, ascent_grad_norm))
+        finite = self._agreed(all_finite(window.loss, ascent_loss, grad_norm, ascent_grad_norm))
         self._hand_on(ascent_grads, self._rules.descent(ascent_grads, at), unit, window, finite)
-        self._learn(window)
+        self._samples.learn(window, self._memory, self.ranks.summed)
         self._memory.commit(finite)
         return StepReport(
             window.loss, grad_norm, ~finite, ascent_loss, ascent_grad_norm, perturbation_norm, at.scale, *window.cost()
@@ -340,7 +300,7 @@ class TwoPass:
 
     def _close_with_one(self, window: Window, g: Vector, at: At, unit: float | Tensor) -> StepReport:
         """The second half of a window that takes no second pass."""
-        finite = self.ranks.agreed(all_finite(window.loss, at.grad_norm))
+        finite = self._agreed(all_finite(window.loss, at.grad_norm))
         self._hand_on(g, self._rules.reuse(g, at), unit, window, finite)
         self._memory.commit(finite)
         moved = None if self._rules.anticipate is None else self.rho * self.space.norm(window.anticipated)
@@ -365,30 +325,23 @@ class TwoPass:
 
     def _replayed(self, seen: Seen) -> Tensor:
         """The second pass of a micro-batch, on the samples that the method selects."""
-        index = seen.index
-        if self._selection is not None and self._selection.between is not None:
-            seen.rewind()
-            index = self._selection.between(seen.sight.losses, self._watch.again(seen.sight))
-            seen.looks = 1.0
+        index = self._samples.narrow(seen)
         seen.rewind()
         loss, sight = self._run(seen.run, index)
-        seen.second = seen.first if index is seen.index else len(index) / seen.sight.size
-        if self._rules.needs_ids:
-            seen.rises = sight.losses - seen.sight.losses
+        self._samples.note(seen, index, sight)
         return loss
 
-    def _learn(self, window: Window) -> None:
-        if self._rules.needs_ids:
-            ids = torch.cat([s.ids[s.index] for s in window.passes])
-            rises = torch.cat([s.rises for s in window.passes])
-            self._selection.learn(ids, rises, self.ranks.summed, self._memory, self.dataset_size)
+    def _agreed(self, finite: Tensor) -> Tensor:
+        """Whether `finite` holds on every rank; under `micro_batch` on this one, and `_settled` asks once a step.
 
-    def _unit(self, window: Window) -> float | Tensor:
-        """What the window's gradient is a multiple of: the loss scale, and its share where it ascends by itself."""
-        share = 1.0 if self.ranks.scope == "global" else window.share
-        if isinstance(share, Tensor):  # of no counted item: its gradient is zero in any unit
-            share = torch.where(share == 0, torch.ones_like(share), share)
-        return share if window.loss_scale is None else share * window.loss_scale
+        Ranks may hold unequal numbers of micro-batches, so none waits for another's in between.
+        """
+        return finite if self.ranks.scope == "micro_batch" else self.ranks.agreed(finite)
+
+    def _settled(self, report: StepReport) -> StepReport:
+        if self.ranks.scope != "micro_batch":
+            return report
+        return replace(report, skipped=~self.ranks.agreed(~report.skipped))
 
     def _grads(self, unit: float | Tensor) -> Vector:
         raw = self.space.grads()
@@ -409,21 +362,6 @@ class TwoPass:
             lowest = max((t.dtype for t in w.values()), key=lambda dtype: torch.finfo(dtype).eps)
             warn_if_lost(survival(w, snapshot.copies, u, self.rho), lowest, self.rho)
 
-    def _taken_grads(self) -> dict[str, Tensor]:
-        taken = {n: p.grad for n, p in self.space.params.items() if p.grad is not None}
-        self.space.clear_grads()
-        return taken
-
-    def _add_grads(self, carried: dict[str, Tensor]) -> None:
-        """Add to `.grad` what earlier micro-batches had left there, in the order autograd would have: theirs first."""
-        present = self.space.grads()
-        both = [n for n in carried if n in present]
-        if both:
-            sums = torch._foreach_add([local(carried[n]) for n in both], [present[n] for n in both])
-            torch._foreach_copy_([present[n] for n in both], sums)
-        for name in carried.keys() - present.keys():
-            self.space.params[name].grad = carried[name]
-
     @contextlib.contextmanager
     def _abandoned_on_error(self) -> Iterator[None]:
         """A step that dies leaves no half-made gradient and no half-made state: the next one starts afresh."""
@@ -435,14 +373,3 @@ class TwoPass:
             self.ranks.abandon()
             self.space.clear_grads()
             raise
-
-
-def _check_takes_indices(run: RunPass, method: str) -> None:
-    """Refuse a pass that cannot run on some of its samples, where the method asks for that."""
-    try:
-        inspect.signature(run).bind(None)
-    except TypeError:
-        raise ValueError(
-            f"run_pass: method `{method}` runs a batch on some of its samples; let run_pass take their indices, such "
-            "as `def run_pass(indices=slice(None))`."
-        ) from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +63,13 @@ class Window:
     anticipated: Vector = field(default_factory=dict)
     examples: int = 0
 
+    def unit(self, scope: str) -> float | Tensor:
+        """What the window's gradient is a multiple of: the loss scale, and its share where it ascends by itself."""
+        share = 1.0 if scope == "global" else self.share
+        if isinstance(share, Tensor):  # of no counted item: its gradient is zero in any unit
+            share = torch.where(share == 0, torch.ones_like(share), share)
+        return share if self.loss_scale is None else share * self.loss_scale
+
     def cost(self) -> tuple[float, float]:
         """Forward-backward passes and forwards, each in units of the whole batch."""
         n = len(self.passes)
@@ -101,8 +109,19 @@ def squared_gradients(window: Window, space: Space, ranks: Ranks, replay: Replay
 def _add_square(total: Vector, seen: Seen, i: int, space: Space, ranks: Ranks) -> None:
     space.clear_grads()
     seen.rewind()
-    with ranks.deferred():
+    with ranks.deferred(), _one_sample_at_a_time():
         seen.run(torch.tensor([i]))
     grads = {n: g.to(total[n].dtype).nan_to_num(0.0, 0.0, 0.0) for n, g in space.grads().items() if n in total}
     squares = list(grads.values())
     torch._foreach_addcmul_([total[n] for n in grads], squares, squares)
+
+
+@contextlib.contextmanager
+def _one_sample_at_a_time() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # what BatchNorm raises where one sample has one value a channel
+        raise ValueError(
+            f"optim_args: mask=fisher runs the model on one sample at a time, which it cannot do in training mode "
+            f"({error}); choose mask=dynamic."
+        ) from error

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from hf_ssam import Method, SSAMTrainer, TwoPass, papers
-from hf_ssam.methods import Rules
 from hf_ssam.precision import survival
+from hf_ssam.recipes import Rules
 from hf_ssam.tensors import added, scaled
 from tests.cases import (
     CASES,

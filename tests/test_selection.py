@@ -11,8 +11,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from hf_ssam import SSAMTrainer, TwoPass
-from hf_ssam.rules import Memory
-from hf_ssam.selection import Draw, average_rise, by_rise, sharpest
+from hf_ssam.memory import Memory
+from hf_ssam.selection import Draw, Selection, average_rise, by_rise, sharpest
 from tests.cases import (
     Case,
     assert_close,
@@ -129,7 +129,7 @@ def test_losses_are_compared_under_the_same_dropout():
     """With a radius too small to move a weight no loss rises, dropout or not."""
     model = Classifier(dropout=0.5)
     engine, risen = TwoPass(model, "esam", 1e-30, beta=1.0), []
-    engine._selection = type(engine._selection)(between=lambda a, b: (risen.append(b - a), torch.arange(4))[1])
+    engine._samples.selection = Selection(between=lambda a, b: (risen.append(b - a), torch.arange(4))[1])
     for batch in data():
         engine.step(backward_of(model, batch))
     assert all(r.abs().max() == 0 for r in risen)

@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from hf_ssam import SSAMTrainer, TwoPass, get_method
-from hf_ssam.methods import Method, Rules
+from hf_ssam.methods import Method
+from hf_ssam.recipes import Rules
 from hf_ssam.rules import At
 from hf_ssam.tensors import Vector
 from tests.cases import (
