@@ -44,6 +44,10 @@ class ImageArguments(DataArguments):
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"--image_size {self.image_size} is not a number of pixels: give one from 1")
 
+    def flag(self, split: str) -> str:
+        """The flag that brings `split` from local files."""
+        return f"--{split}_dir"
+
 
 def load(data: ImageArguments) -> DatasetDict:
     """The splits of the folders, of the named data set, or of the offline one.

@@ -1,5 +1,4 @@
-"""Offline models as folders that ``from_pretrained`` and ``pipeline`` read; converted once, beside what was
-fetched."""
+"""Offline models as folders for ``from_pretrained`` and ``pipeline``, converted once, beside what was fetched."""
 
 import contextlib
 import shutil

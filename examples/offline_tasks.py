@@ -47,8 +47,7 @@ def questions() -> DatasetDict:
 
 
 def classified_questions() -> DatasetDict:
-    """Instructions: columns ``prompt``, a question and what to say about it, and ``completion``, its class in a
-    word."""
+    """Instructions: columns ``prompt``, what to say about a question, and ``completion``, its class in a word."""
     features = Features({"prompt": Value("string"), "completion": Value("string")})
     words = {meaning.split(":")[0] for meaning in _meanings().values()}
     ask = f"Which kind of answer does the question want: {', '.join(sorted(words))}?"

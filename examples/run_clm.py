@@ -19,20 +19,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, default_
 
 import offline_models
 import offline_tasks
+from base_models import ModelArguments, check_length, pretrained, tokenizer_for
 from cli import ExampleParser, UsageError, run
 from hf_ssam import SSAMTrainer, SSAMTrainingArguments
 from lora import LoraArguments, adapter
 from runs import prepare, train_and_report
-from sources import (
-    FileArguments,
-    ModelArguments,
-    check_length,
-    load_files,
-    pretrained,
-    require_columns,
-    tokenizer_for,
-    uses,
-)
+from sources import FileArguments, load_files, require_columns, uses
 
 
 @dataclass
@@ -58,13 +50,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
     """Train and evaluate as the command line `argv` says; see `train_and_report` for what it returns."""
     types = (ModelArguments, RunningTextArguments, LoraArguments, SSAMTrainingArguments)
     model_args, data_args, lora_args, args = ExampleParser(types, description=__doc__).parse(argv)
-    checkpoint = prepare(args)
+    plan = prepare(args)
     set_seed(args.seed)
 
     with args.main_process_first(desc="reading the data"):
         raw = load_files(data_args, offline_tasks.questions)
         require_columns(raw, {"text_column_name": data_args.text_column_name})
-        rows = uses(raw, data_args, args)
+        rows = uses(raw, data_args, plan)
     path = model_args.model_name_or_path or str(offline_models.smollm2())
     tokenizer = tokenizer_for(model_args, path)
     model = pretrained(AutoModelForCausalLM, path, dtype=model_args.dtype, **model_args.hub)
@@ -87,9 +79,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
-    card = {"dataset": data_args.dataset_name} if data_args.dataset_name else {}
-    origin = model_args.model_name_or_path
-    return train_and_report(trainer, checkpoint, finetuned_from=origin, tasks="text-generation", **card)
+    facts = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-generation", **data_args.card}
+    return train_and_report(trainer, plan.checkpoint, **facts)
 
 
 def blocks(

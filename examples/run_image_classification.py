@@ -27,11 +27,12 @@ from transformers import (
 )
 
 import offline_models
+from base_models import ModelArguments, labelled, pretrained, with_new_head
 from cli import ExampleParser, run
 from hf_ssam import SSAMTrainer, SSAMTrainingArguments
 from image_data import ImageArguments, load, number_labels, pixels, undecoded
 from runs import prepare, train_and_report
-from sources import ModelArguments, pretrained, uses
+from sources import uses
 
 METRIC = Path(__file__).parent / "metrics" / "classification.py"
 
@@ -40,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
     """Train and evaluate as the command line `argv` says; see `train_and_report` for what it returns."""
     parser = ExampleParser((ModelArguments, ImageArguments, SSAMTrainingArguments), description=__doc__)
     model_args, data_args, args = parser.parse(argv)
-    checkpoint = prepare(args)
+    plan = prepare(args)
     set_seed(args.seed)
     args.remove_unused_columns = False  # images are read on the fly, from columns that no model knows
 
     with args.main_process_first(desc="reading the data"):
-        rows = uses(load(data_args), data_args, args)
+        rows = uses(load(data_args), data_args, plan)
     rows = undecoded(rows, data_args.image_column_name)
     rows, names = number_labels(rows, data_args.label_column_name)
     model, processor = load_model(model_args, names, data_args.image_size)
@@ -64,9 +65,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         data_collator=default_data_collator,
         compute_metrics=score,
     )
-    card = {"dataset": data_args.dataset_name} if data_args.dataset_name else {}
-    origin = model_args.model_name_or_path
-    return train_and_report(trainer, checkpoint, finetuned_from=origin, tasks="image-classification", **card)
+    facts = {"finetuned_from": model_args.model_name_or_path, "tasks": "image-classification", **data_args.card}
+    return train_and_report(trainer, plan.checkpoint, **facts)
 
 
 def load_model(
@@ -74,13 +74,11 @@ def load_model(
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The model with a fresh head for these classes, and its image processor."""
     path = source.model_name_or_path or str(offline_models.lite0())
-    head = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     processor = pretrained(AutoImageProcessor, path, **source.hub)
     if size is not None:
         processor.size = {"height": size, "width": size}
-    config = pretrained(AutoConfig, path, **head, **source.hub)
-    options = {"config": config, "dtype": source.dtype, "ignore_mismatched_sizes": True}
-    return pretrained(AutoModelForImageClassification, path, **options, **source.hub), processor
+    config = pretrained(AutoConfig, path, **labelled(names), **source.hub)
+    return with_new_head(AutoModelForImageClassification, path, config, source), processor
 
 
 if __name__ == "__main__":

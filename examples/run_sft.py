@@ -18,11 +18,12 @@ from trl import SFTConfig, SFTTrainer
 
 import offline_models
 import offline_tasks
+from base_models import PlainModelArguments, check_length, pretrained, tokenizer_for
 from cli import ExampleParser, UsageError, run
 from hf_ssam import SSAMArgumentsMixin, SSAMTrainerMixin
 from lora import LoraArguments, adapter
 from runs import prepare, train_and_report
-from sources import FileArguments, PlainModelArguments, check_length, load_files, pretrained, tokenizer_for, uses
+from sources import FileArguments, load_files, uses
 
 FORMS = ({"messages"}, {"prompt", "completion"}, {"text"})
 
@@ -45,13 +46,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
     """Train and evaluate as the command line `argv` says; see `train_and_report` for what it returns."""
     types = (PlainModelArguments, FileArguments, LoraArguments, Arguments)
     model_args, data_args, lora_args, args = ExampleParser(types, description=__doc__).parse(argv)
-    checkpoint = prepare(args)
+    plan = prepare(args)
     set_seed(args.seed)
 
     with args.main_process_first(desc="reading the data"):
         raw = load_files(data_args, offline_tasks.classified_questions)
         check_form(raw)
-        rows = uses(raw, data_args, args)
+        rows = uses(raw, data_args, plan)
     hub = {**model_args.hub, "trust_remote_code": args.trust_remote_code}
     path = model_args.model_name_or_path or str(offline_models.smollm2())
     if args.max_length is not None:
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         processing_class=tokenizer_for(model_args, path),
         peft_config=adapter(lora_args),
     )
-    return train_and_report(trainer, checkpoint)
+    return train_and_report(trainer, plan.checkpoint, dataset_name=data_args.card.get("dataset"))
 
 
 def check_form(raw: DatasetDict) -> None:

@@ -29,19 +29,11 @@ from transformers import (
 
 import offline
 import offline_tasks
+from base_models import ModelArguments, check_length, pretrained, tokenizer_for
 from cli import ExampleParser, run
 from hf_ssam import SSAMSeq2SeqTrainer, SSAMSeq2SeqTrainingArguments
 from runs import prepare, train_and_report
-from sources import (
-    FileArguments,
-    ModelArguments,
-    check_length,
-    load_files,
-    pretrained,
-    require_columns,
-    tokenizer_for,
-    uses,
-)
+from sources import FileArguments, load_files, require_columns, uses
 
 METRIC = Path(__file__).parent / "metrics" / "rouge.py"
 
@@ -68,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
     """Train and evaluate as the command line `argv` says; see `train_and_report` for what it returns."""
     parser = ExampleParser((ModelArguments, TextPairArguments, Arguments), description=__doc__)
     model_args, data_args, args = parser.parse(argv)
-    checkpoint = prepare(args)
+    plan = prepare(args)
     set_seed(args.seed)
 
     with args.main_process_first(desc="reading the data"):
@@ -78,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
             "summary_column_name": data_args.summary_column_name,
         }
         require_columns(raw, columns)
-        rows = uses(raw, data_args, args)
+        rows = uses(raw, data_args, plan)
 
     tokenizer = tokenizer_for(model_args, model_args.model_name_or_path or str(offline.minilm()))
     model = load_model(model_args, tokenizer)
@@ -99,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         compute_metrics=scorer(tokenizer) if args.predict_with_generate else None,
     )
-    card = {"dataset": data_args.dataset_name} if data_args.dataset_name else {}
-    return train_and_report(trainer, checkpoint, finetuned_from=model_args.model_name_or_path, **card)
+    facts = {"finetuned_from": model_args.model_name_or_path, **data_args.card}
+    return train_and_report(trainer, plan.checkpoint, **facts)
 
 
 def load_model(source: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

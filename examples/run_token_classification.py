@@ -26,19 +26,11 @@ from transformers import (
 
 import offline
 import offline_tasks
+from base_models import ModelArguments, check_length, labelled, pretrained, tokenizer_for, with_new_head
 from cli import ExampleParser, UsageError, run
 from hf_ssam import SSAMTrainer, SSAMTrainingArguments
 from runs import prepare, train_and_report
-from sources import (
-    FileArguments,
-    ModelArguments,
-    check_length,
-    load_files,
-    pretrained,
-    require_columns,
-    tokenizer_for,
-    uses,
-)
+from sources import FileArguments, load_files, require_columns, uses
 
 METRIC = Path(__file__).parent / "metrics" / "spans.py"
 IGNORED = -100
@@ -57,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
     """Train and evaluate as the command line `argv` says; see `train_and_report` for what it returns."""
     parser = ExampleParser((ModelArguments, TokenArguments, SSAMTrainingArguments), description=__doc__)
     model_args, data_args, args = parser.parse(argv)
-    checkpoint = prepare(args)
+    plan = prepare(args)
     set_seed(args.seed)
 
     with args.main_process_first(desc="reading the data"):
@@ -65,15 +57,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         columns = {"text_column_name": data_args.text_column_name, "label_column_name": data_args.label_column_name}
         require_columns(raw, columns)
         tags = tags_of(raw, data_args)
-        rows = uses(raw, data_args, args)
+        rows = uses(raw, data_args, plan)
 
     path = model_args.model_name_or_path or str(offline.minilm())
-    head = {"id2label": dict(enumerate(tags)), "label2id": {tag: i for i, tag in enumerate(tags)}}
-    config = pretrained(AutoConfig, path, **head, **model_args.hub)
+    config = pretrained(AutoConfig, path, **labelled(tags), **model_args.hub)
     check_length("max_seq_length", data_args.max_seq_length, config)
     tokenizer = tokenizer_for(model_args, path)
-    options = {"config": config, "dtype": model_args.dtype, "ignore_mismatched_sizes": True, **model_args.hub}
-    model = pretrained(AutoModelForTokenClassification, path, **options)
+    model = with_new_head(AutoModelForTokenClassification, path, config, model_args)
     with args.main_process_first(desc="tokenizing"):
         encode = encoder(tokenizer, data_args, tags)
         prepared = {use: r.map(encode, batched=True, remove_columns=r.column_names) for use, r in rows.items()}
@@ -87,9 +77,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         data_collator=DataCollatorForTokenClassification(tokenizer),
         compute_metrics=scorer(tags),
     )
-    card = {"dataset": data_args.dataset_name} if data_args.dataset_name else {}
-    origin = model_args.model_name_or_path
-    return train_and_report(trainer, checkpoint, finetuned_from=origin, tasks="token-classification", **card)
+    facts = {"finetuned_from": model_args.model_name_or_path, "tasks": "token-classification", **data_args.card}
+    return train_and_report(trainer, plan.checkpoint, **facts)
 
 
 def tags_of(raw: DatasetDict, data: TokenArguments) -> list[str]:

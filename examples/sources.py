@@ -1,4 +1,4 @@
-"""Models and data from anywhere: the Hub, a local folder, local files, or the offline set of the example.
+"""Data from anywhere: the Hub, a local folder, local files, or the offline set of the example.
 
 Whatever cannot work is a `UsageError` that names the file and the column, before a model is loaded.
 """
@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from cli import UsageError
+from runs import Plan
 
 READERS = {
     ".csv": ("csv", {"keep_default_na": False}),
@@ -25,41 +24,6 @@ READERS = {
 
 
 @dataclass
-class PlainModelArguments:
-    """Which model to start from."""
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A model on the Hub, or a local folder; an offline one if not given."}
-    )
-    model_revision: str = field(default="main", metadata={"help": "The branch, tag or commit on the Hub."})
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "Of the weights. bfloat16 weights swallow the perturbation: use --bf16 to compute in it."},
-    )
-
-    def __post_init__(self) -> None:
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"--dtype {self.dtype} does not exist: use float32, bfloat16 or float16")
-
-    @property
-    def hub(self) -> dict[str, Any]:
-        """What every `from_pretrained` call takes."""
-        return {"revision": self.model_revision}
-
-
-@dataclass
-class ModelArguments(PlainModelArguments):
-    """The same, for scripts whose training arguments have no `trust_remote_code` of their own."""
-
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the weights."})
-
-    @property
-    def hub(self) -> dict[str, Any]:
-        """What every `from_pretrained` call takes."""
-        return {**super().hub, "trust_remote_code": self.trust_remote_code}
-
-
-@dataclass
 class DataArguments:
     """What to train and to test on. With none of these an offline set is used."""
 
@@ -67,6 +31,28 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "The configuration of --dataset_name."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many examples."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many examples."})
+
+    @property
+    def limits(self) -> dict[str, int | None]:
+        """The most examples that each use may have."""
+        return {"train": self.max_train_samples, "eval": self.max_eval_samples}
+
+    @property
+    def card(self) -> dict[str, str]:
+        """What the model card says of the data; a local folder is no link."""
+        if self.dataset_name is None:
+            return {}
+        is_local = Path(self.dataset_name).exists()
+        return {"dataset": Path(self.dataset_name).name} if is_local else hub_data(self.dataset_name)
+
+    def serving(self, raw: DatasetDict) -> dict[str, str]:
+        """Which split serves each use: evaluation takes the validation split, or else the test one."""
+        only_test = "test" in raw and "validation" not in raw
+        return {"train": "train", "eval": "test" if only_test else "validation"}
+
+    def flag(self, split: str) -> str:
+        """The flag that brings `split` from local files."""
+        return f"--{split}_file"
 
 
 @dataclass
@@ -80,12 +66,21 @@ class FileArguments(DataArguments):
         if self.dataset_name and (self.train_file or self.validation_file):
             raise ValueError("give only one of --dataset_name and files (--train_file, --validation_file)")
 
+    @property
+    def files(self) -> dict[str, str | None]:
+        """The file of each split."""
+        return {"train": self.train_file, "validation": self.validation_file}
+
+
+def hub_data(name: str) -> dict[str, str]:
+    """What a model card says of a data set on the Hub: its name, and a link to it."""
+    return {"dataset": name, "dataset_tags": name}
+
 
 def load_files(data: FileArguments, offline: Callable[[], DatasetDict]) -> DatasetDict:
     """The splits of the files, of the named data set, or of `offline`."""
-    files = {"train": data.train_file, "validation": data.validation_file}
-    if any(files.values()):
-        return DatasetDict({split: read_file(Path(file)) for split, file in files.items() if file})
+    if any(data.files.values()):
+        return DatasetDict({split: read_file(Path(file)) for split, file in data.files.items() if file})
     return read_named(data.dataset_name, data.dataset_config_name) if data.dataset_name else offline()
 
 
@@ -129,24 +124,20 @@ def read_file(path: Path) -> Dataset:
         raise UsageError(f"{path} could not be read as {reader} ({reason})") from error
 
 
-def uses(raw: DatasetDict, data: DataArguments, args: TrainingArguments) -> dict[str, Dataset]:
-    """What this run needs of `raw`, cut to size: ``train``, and ``eval`` (the validation split, or else the test one).
+def uses(raw: DatasetDict, data: DataArguments, plan: Plan) -> dict[str, Dataset]:
+    """What this run needs of `raw`, by use (``train``, ``eval`` ...), cut to size.
 
     Raises:
-        UsageError: the split is missing where it is asked for, or is empty.
+        UsageError: the split is missing or empty where the run cannot do without it.
     """
-    held_out = "validation" if "validation" in raw else "test"
-    insists = args.eval_strategy != "no" or args.eval_on_start or not args.do_train
-    wanted = {"train": ("train", args.do_train), "eval": (held_out, insists or (args.do_eval and held_out in raw))}
-    limits = {"train": data.max_train_samples, "eval": data.max_eval_samples}
     chosen = {}
-    for use, (split, is_wanted) in wanted.items():
-        if is_wanted and not raw.get(split):
-            raise UsageError(
-                f"there is nothing to {use} on: the data has {described(raw)}, and needs {split} examples"
-            )
-        if is_wanted:
-            chosen[use] = raw[split].select(range(min(limits[use] or len(raw[split]), len(raw[split]))))
+    for use, split in data.serving(raw).items():
+        rows = raw.get(split)
+        if use in plan.needs and not rows:
+            way = f"give {data.flag(split)}, or a data set with {split} examples"
+            raise UsageError(f"there is nothing to {use} on: the data has {described(raw)}; {way}")
+        if rows and use in plan.needs | plan.takes:
+            chosen[use] = rows.select(range(min(data.limits[use] or len(rows), len(rows))))
     return chosen
 
 
@@ -173,44 +164,6 @@ def require_columns(raw: DatasetDict, flags: dict[str, str]) -> None:
             kind = getattr(rows.features[column], "dtype", "")
             if kind in ("string", "large_string") and (empty := _first_empty(rows[column][:])):
                 raise UsageError(f"the {split} data has nothing in column {column!r} of example {empty}")
-
-
-def pretrained(loader: Any, path: str, **options: Any) -> Any:
-    """``loader.from_pretrained(path, **options)``.
-
-    Raises:
-        UsageError: `path` is neither a local folder with such a thing in it nor a name on the Hub.
-    """
-    try:
-        return loader.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path} is neither a local folder nor to be had from the Hub ({reason})") from error
-
-
-def tokenizer_for(model: PlainModelArguments, path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of `path`; one without a pad token pads with its end token.
-
-    Raises:
-        UsageError: it has neither.
-    """
-    tokenizer = pretrained(AutoTokenizer, path, **model.hub)
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise UsageError(f"the tokenizer of {path} has neither a pad nor an end token: set `pad_token` in its folder")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def check_length(flag: str, length: int, config: PreTrainedConfig) -> None:
-    """Refuse sequences that are longer than the model has positions for.
-
-    Raises:
-        UsageError: `length` is out of range.
-    """
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or length
-    if not 0 < length <= longest:
-        raise UsageError(f"--{flag} {length} is out of range: {config.model_type} reads 1 to {longest} tokens")
 
 
 def _first_empty(values: list[str | None]) -> int | None:

@@ -7,15 +7,15 @@ and the column.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
 import offline
 from cli import UsageError
-from sources import read_file, read_named
+from sources import FileArguments, hub_data, load_files, read_named
 
+GLUE = "nyu-mll/glue"
 GLUE_COLUMNS = {
     "cola": ["sentence"],
     "mnli": ["premise", "hypothesis"],
@@ -36,14 +36,10 @@ USUAL_COLUMNS = (["sentence1", "sentence2"], ["text"], ["sentence"])
 
 
 @dataclass
-class DataArguments:
+class TextArguments(FileArguments):
     """What to train and to test on. With no task, data set or file, an offline set is used."""
 
     task_name: str | None = field(default=None, metadata={"help": f"A GLUE task: {', '.join(GLUE_COLUMNS)}."})
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, or a local folder."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "The configuration of --dataset_name."})
-    train_file: str | None = field(default=None, metadata={"help": "A .csv, .tsv, .json or .jsonl file."})
-    validation_file: str | None = field(default=None, metadata={"help": "What to evaluate on, in the same columns."})
     test_file: str | None = field(default=None, metadata={"help": "What to predict; labels are optional."})
     offline_dataset: Literal["trec", "trec_fine", "movie_reviews"] = field(
         default="trec", metadata={"help": "The set to use when none of the above is given; needs no hub."}
@@ -54,15 +50,13 @@ class DataArguments:
     label_column_name: str = field(default="label", metadata={"help": "The column with the label."})
     max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut to so many tokens."})
     pad_to_max_length: bool = field(default=False, metadata={"help": "Pad every text to that length, for compilers."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many examples."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many examples."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Predict so many examples."})
     metric_name: str | None = field(
         default=None, metadata={"help": "A metric on the Hub, or a path, in place of the ones in examples/metrics."}
     )
 
     def __post_init__(self) -> None:
-        sources = [self.task_name, self.dataset_name, self.train_file or self.validation_file or self.test_file]
+        sources = [self.task_name, self.dataset_name, next(filter(None, self.files.values()), None)]
         if sum(source is not None for source in sources) > 1:
             raise ValueError("give only one of --task_name, --dataset_name and files (--train_file and its like)")
         if self.task_name is not None and self.task_name not in GLUE_COLUMNS:
@@ -70,8 +64,28 @@ class DataArguments:
         if self.text_column_names is not None and len(self.text_column_names) not in (1, 2):
             raise ValueError(f"--text_column_names takes one or two columns, not {len(self.text_column_names)}")
 
+    @property
+    def files(self) -> dict[str, str | None]:
+        """The file of each split."""
+        return {**super().files, "test": self.test_file}
 
-def load(data: DataArguments) -> DatasetDict:
+    @property
+    def limits(self) -> dict[str, int | None]:
+        """The most examples that each use may have."""
+        return {**super().limits, "predict": self.max_predict_samples}
+
+    @property
+    def card(self) -> dict[str, str]:
+        """What the model card says of the data."""
+        return hub_data(GLUE) if self.task_name else super().card
+
+    def serving(self, raw: DatasetDict) -> dict[str, str]:
+        """Which split serves each use: one evaluates on a test split only if it has labels."""
+        is_labelled = "label" in raw["test"].column_names if "test" in raw else False
+        return {**super().serving(raw), **({} if is_labelled else {"eval": "validation"}), "predict": "test"}
+
+
+def load(data: TextArguments) -> DatasetDict:
     """The splits ``train``, ``validation`` and ``test``, as far as there are any, none of them empty.
 
     Raises:
@@ -86,13 +100,13 @@ def load(data: DataArguments) -> DatasetDict:
     return DatasetDict(raw)
 
 
-def source_of(data: DataArguments, split: str) -> str:
+def source_of(data: TextArguments, split: str) -> str:
     """How to name `split` in a message: its file, or the split and its data set."""
-    file = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}.get(split)
-    return file or f"the {split} split of {data.task_name or data.dataset_name or data.offline_dataset}"
+    data_set = data.task_name or data.dataset_name or data.offline_dataset
+    return data.files.get(split) or f"the {split} split of {data_set}"
 
 
-def text_columns(raw: DatasetDict, data: DataArguments) -> list[str]:
+def text_columns(raw: DatasetDict, data: TextArguments) -> list[str]:
     """The one or two columns that hold text: those asked for, a usual name, or the only candidate.
 
     Raises:
@@ -112,7 +126,7 @@ def text_columns(raw: DatasetDict, data: DataArguments) -> list[str]:
     return columns
 
 
-def number_labels(raw: DatasetDict, data: DataArguments) -> tuple[DatasetDict, list[str] | None]:
+def number_labels(raw: DatasetDict, data: TextArguments) -> tuple[DatasetDict, list[str] | None]:
     """Make the label column ``label``, a class number (or the score itself, for a regression).
 
     Returns:
@@ -135,7 +149,7 @@ def number_labels(raw: DatasetDict, data: DataArguments) -> tuple[DatasetDict, l
     return DatasetDict({split: _numbered(rows, column, names) for split, rows in raw.items()}), names
 
 
-def _class_names(raw: DatasetDict, data: DataArguments, reference: str) -> list[str]:
+def _class_names(raw: DatasetDict, data: TextArguments, reference: str) -> list[str]:
     column = data.label_column_name
     if isinstance(raw[reference].features[column], ClassLabel):
         return raw[reference].features[column].names
@@ -162,23 +176,15 @@ def _numbered(rows: Dataset, column: str, names: list[str] | None) -> Dataset:
     return others.add_column("label", values)
 
 
-def _splits(data: DataArguments) -> dict[str, Dataset]:
-    if data.train_file or data.validation_file or data.test_file:
-        files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-        return {split: read_file(Path(file)) for split, file in files.items() if file}
-    if data.dataset_name is None and data.task_name is None:
-        return OFFLINE[data.offline_dataset]()
-    name, config = data.dataset_name, data.dataset_config_name
-    if data.task_name:
-        name, config = "nyu-mll/glue", data.task_name
-    return read_named(name, config)
+def _splits(data: TextArguments) -> DatasetDict:
+    return read_named(GLUE, data.task_name) if data.task_name else load_files(data, OFFLINE[data.offline_dataset])
 
 
 def _strings(rows: Dataset) -> list[str]:
     return [name for name, feature in rows.features.items() if _kind(feature) == "text"]
 
 
-def _guess(rows: Dataset, data: DataArguments) -> list[str] | None:
+def _guess(rows: Dataset, data: TextArguments) -> list[str] | None:
     strings = _strings(rows)
     for columns in USUAL_COLUMNS:
         if set(columns) <= set(strings):

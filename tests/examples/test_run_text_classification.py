@@ -163,8 +163,8 @@ def test_a_glue_task_feeds_both_sentences_and_leaves_withheld_labels_out(main, t
     seen = []
     monkeypatch.setattr(
         run_text_classification,
-        "_prepare",
-        lambda *args, prepare=run_text_classification._prepare: seen.append(prepare(*args)) or seen[-1],
+        "encoded",
+        lambda *args, encoded=run_text_classification.encoded: seen.append(encoded(*args)) or seen[-1],
     )
     results = main("--task_name", "mrpc", "--do_train", "--do_eval", "--do_predict")
     assert asked == [("nyu-mll/glue", "mrpc")]
@@ -191,6 +191,21 @@ def test_a_run_goes_on_from_its_last_checkpoint(main, tmp_path, csv):
     main(*data, "--save_steps", 2, steps=2)
     main(*data, "--save_steps", 4, "--resume_from_checkpoint", "true", steps=4)
     assert [entry["step"] for entry in history(tmp_path / "out") if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_a_new_run_does_not_write_over_another_and_one_that_only_evaluates_keeps_what_it_wrote(main, tmp_path, csv):
+    data = ["--train_file", csv("train.csv", text=WORDS, label=["p", "n", "p", "n"])]
+    trained = main(*data)
+    with pytest.raises(UsageError, match="out holds another run: give another folder, or remove this one"):
+        main(*data)
+    test = csv("test.csv", text=WORDS, label=["p", "n"] * 2)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "eval_loss" not in trained and "ssam/total_passes" in trained
+    judged = main("--model_name_or_path", tmp_path / "out", "--test_file", test, "--do_eval")
+    assert "eval_accuracy" in judged and "ssam/total_passes" not in judged
+    kept = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert kept == {key: value for key, value in {**trained, **judged}.items() if key != "output_dir"}
+    assert (tmp_path / "out" / "README.md").read_text() == card
 
 
 GOOD = {"text": WORDS, "label": ["p", "n", "p", "n"]}
@@ -222,12 +237,29 @@ GOOD = {"text": WORDS, "label": ["p", "n", "p", "n"]}
             "has several text columns (a, b): name the one or",
         ),
         ({"n": [1, 2], "label": [0, 1]}, None, [], "has no text column: name the one or two to use with"),
-        (GOOD, None, ["--do_eval"], "there is nothing to eval on: the data has only train; give --validation_file"),
+        (
+            GOOD,
+            None,
+            ["--do_eval"],
+            "nothing to eval on: the data has 4 train examples; give --validation_file",
+        ),
+        (GOOD, None, ["--do_train", "--do_eval"], "there is nothing to eval on"),
         (GOOD, None, ["--eval_strategy", "epoch"], "there is nothing to eval on"),
-        (GOOD, None, ["--do_predict"], "there is nothing to predict on: the data has only train; give --test_file"),
+        (
+            GOOD,
+            GOOD,
+            ["--do_predict", "--push_to_hub"],
+            "a run that does not train has nothing to push",
+        ),
+        (
+            GOOD,
+            None,
+            ["--do_predict"],
+            "nothing to predict on: the data has 4 train examples; give --test_file",
+        ),
         (GOOD, None, ["--resume_from_checkpoint", "true"], "there is no checkpoint in"),
         (GOOD, None, ["--resume_from_checkpoint", "gone"], "there is no checkpoint in gone"),
-        (GOOD, None, ["--model_name_or_path", "./gone"], "the model ./gone is neither a local folder nor to be had"),
+        (GOOD, None, ["--model_name_or_path", "./gone"], "./gone is neither a local folder nor to be had"),
         (GOOD, None, ["--task_name", "sst2"], "give only one of --task_name, --dataset_name and files"),
         (GOOD, None, ["--text_column_names", "a", "b", "c"], "--text_column_names takes one or two columns, not 3"),
     ],
