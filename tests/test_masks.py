@@ -218,6 +218,20 @@ def test_groups_that_do_not_divide_are_refused_before_any_pass():
         TwoPass(model, "sparse_sam", structure="2:4")
 
 
+def test_a_model_that_cannot_run_on_one_sample_is_refused_with_the_way_out():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    x, y = torch.randn(6, 3).double(), torch.randn(6, 1).double()
+    before = weights(model)
+    with pytest.raises(ValueError, match="mask=fisher runs the model on one sample at a time.*choose mask=dynamic"):
+        TwoPass(model, "sparse_sam").step(indexed_backward(model, (x, y)))
+    assert all(p.grad is None for p in model.parameters())
+    after = weights(model)
+    assert_identical({n: before[n] for n, _ in model.named_parameters()}, dict(model.named_parameters()))
+    assert after["1.num_batches_tracked"] == 1
+    TwoPass(model, "sparse_sam", mask="dynamic").step(indexed_backward(model, (x, y)))
+
+
 def test_a_pass_that_takes_no_indices_is_refused():
     model, batches = regression()
     with pytest.raises(ValueError, match="run_pass: method `sparse_sam` runs a batch on some of its samples"):

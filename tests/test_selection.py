@@ -195,6 +195,14 @@ def test_scores_survive_a_restart_bit_for_bit():
     assert engine.state_dict()["memory"]["plain"]["samples.count"].sum() == 44
 
 
+def test_scores_of_another_data_set_are_refused():
+    _, engine, _ = trajectory("ausam")
+    other = TwoPass(Classifier(), "ausam", 0.1, dataset_size=79)
+    with pytest.raises(ValueError, match="dataset_size: the state holds scores of 80 samples and the data set has 79"):
+        other.load_state_dict(engine.state_dict())
+    assert other.steps == 0 and other.state_dict()["memory"] == {}
+
+
 def test_what_selection_needs_is_asked_for():
     with pytest.raises(ValueError, match="dataset_size: method `ausam` keeps a score of each sample"):
         TwoPass(Classifier(), "ausam")

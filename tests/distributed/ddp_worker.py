@@ -33,6 +33,7 @@ from tests.cases import (
     trained,
 )
 from tests.distributed.launching import Scenario, main
+from tests.distributed.loops import narrow, own_batches, squared
 from tests.distributed.scenarios import (
     SCOPES,
     RecordingTrainer,
@@ -138,9 +139,21 @@ def forked(scope: str, folder: Path) -> dict[str, Any]:
     return loop(Forked(), scope, {"find_unused_parameters": True})
 
 
-def small() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
+def uneven(folder: Path) -> dict[str, Any]:
+    """Steps of one micro-batch on rank 0 and of two on rank 1; in the second step one of rank 1's is not finite."""
+    model = narrow()
+    called, skipped, weights = DistributedDataParallel(model), [], []
+    two_pass = TwoPass(called, "ssam", 0.1, scope="micro_batch")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        xs = own_batches(step, dist.get_rank())
+        report = two_pass.step([partial(squared, called, x, len(xs)) for x in xs])
+        skipped.append(bool(report.skipped))
+        if not report.skipped:
+            optimizer.step()
+        optimizer.zero_grad()
+        weights.append({n: p.detach().clone() for n, p in model.named_parameters()})
+    return {"skipped": skipped, "weights": weights}
 
 
 def keeping(v: Vector, at: At) -> Vector:
@@ -158,7 +171,7 @@ def views(scope: str, folder: Path) -> dict[str, Any]:
     """Gradients as views of DDP's buckets, and as tensors of their own; with unused parameters looked for, and not."""
     return {
         (name, view, unused): loop(
-            small(), scope, {"gradient_as_bucket_view": view, "find_unused_parameters": unused}, method()
+            narrow(), scope, {"gradient_as_bucket_view": view, "find_unused_parameters": unused}, method()
         )
         for name, method in (("usam", lambda: "usam"), ("ssam", lambda: "ssam"), ("keeper", keeper))
         for view in (False, True)
@@ -249,6 +262,7 @@ SCENARIOS: dict[str, Scenario] = {
         for scope in SCOPES
         for cls in (SpoiledTrainer, SpoiledSecondPass)
     },
+    "uneven": uneven,
     "static_graph": static_graph,
     "evaluated": evaluated,
     **{f"batch_norm/{scope}": partial(batch_norm, scope) for scope in SCOPES},

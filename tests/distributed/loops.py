@@ -27,6 +27,20 @@ def batches(rank: int, steps: int, micro: int, size: int = 3) -> list[list[Tenso
     return [[torch.randn(size, 5, generator=generator) for _ in range(micro)] for _ in range(steps)]
 
 
+def own_batches(step: int, rank: int) -> list[Tensor]:
+    """One batch for rank 0 and two for rank 1, of which the second is not finite in step 1."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    xs = [torch.randn(3, 5, generator=generator) for _ in range(rank + 1)]
+    return [*xs[:-1], xs[-1] * torch.inf] if (step, rank) == (1, 1) else xs
+
+
+def squared(called: nn.Module, x: Tensor, n: int) -> Tensor:
+    """Forward and backward of one of `n` micro-batches."""
+    loss = called(x).square().mean() / n
+    loss.backward()
+    return loss
+
+
 class Interrupted(Exception):
     """Raised by a pass that a test breaks."""
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from hf_ssam import TwoPass
 from tests.cases import CASES, MAIN_CASES, Case, assert_close, assert_identical, bert, gpt2, lm_data, text_data
 from tests.distributed.launching import Runs
+from tests.distributed.loops import narrow, own_batches, squared
 from tests.distributed.references import trained
 from tests.distributed.scenarios import SCOPES, base_optimizers, ran, rounding, total_skipped, without, works
 from tests.reference import REFERENCES, flat
@@ -144,6 +147,26 @@ def test_one_rank_that_is_not_finite_skips_the_step_on_all(ddp: Runs, scope, spo
         assert {int(s["step"]) for s in rank["optimizer"].values()} == {4}
         rates = [e["learning_rate"] for e in rank["log"] if "learning_rate" in e]
         assert len(rates) == 5 and len(set(rates)) == 4
+
+
+def test_ranks_may_hold_unequal_numbers_of_micro_batches(ddp: Runs):
+    """mSAM: each rank averages what its own micro-batches ascended to; one that is not finite stops all ranks."""
+    first, second = ddp["uneven"]
+    model = narrow()
+    engine = TwoPass(model, "ssam", 0.1, scope="micro_batch")
+    for step in range(3):
+        halves = []
+        for rank in (0, 1):
+            xs = own_batches(step, rank)
+            engine.step([partial(squared, model, x, len(xs)) for x in xs])
+            halves.append(engine.space.take_grads())
+        if step != 1:
+            with torch.no_grad():
+                for n, p in model.named_parameters():
+                    p -= 0.1 * (halves[0][n] + halves[1][n]) / 2
+        assert_identical(first["weights"][step], second["weights"][step])
+        assert_close(first["weights"][step], dict(model.named_parameters()), 1e-6)
+    assert first["skipped"] == second["skipped"] == [False, True, False]
 
 
 def test_static_graph_where_no_step_varies(ddp: Runs):
