@@ -1,0 +1,53 @@
+"""`--push_to_hub` of the Trainer scripts, through the real client to a stand-in for the Hub."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.examples.scripts import ROOT
+from tests.hub import HubStandIn
+
+WHOLE = {"config.json", "model.safetensors"}
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+PUSHED = {
+    "run_image_classification": WHOLE | {"preprocessor_config.json"},
+    "run_token_classification": WHOLE | {"tokenizer.json"},
+    "run_summarization": WHOLE | {"tokenizer.json", "generation_config.json"},
+    "run_clm": ADAPTER | {"tokenizer.json"},
+    "run_sft": WHOLE | {"tokenizer.json"},
+}
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    """The folder that the scripts ran in, and the repositories that the Hub has afterwards."""
+    folder = tmp_path_factory.mktemp("pushed")
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
+    with HubStandIn() as hub:
+        variables = {**outside, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **hub.client_env(str(folder / "cache"))}
+        command = [sys.executable, str(ROOT / "tests" / "examples" / "hub_push.py")]
+        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    return folder, hub.repos
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", PUSHED)
+def test_the_model_and_its_card_arrive(pushed, script):
+    folder, repos = pushed
+    repo = repos[f"tester/{script}"]
+    assert repo.summaries[-1] == "End of training"
+    assert PUSHED[script] | {"README.md"} <= set(repo.files)
+    for path, content in repo.files.items():
+        if path != ".gitattributes":
+            assert content == (folder / script / path).read_bytes(), path
+    card = ModelCard(repo.files["README.md"].decode())
+    assert {"ssam", "sharpness-aware-minimization"} <= set(card.data.tags)
+    assert f"{script}.py" in card.text and "--push_to_hub" in card.text
+    assert str(folder) not in card.content
