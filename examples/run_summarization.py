@@ -18,6 +18,8 @@ import evaluate
 import numpy as np
 from transformers import (
     AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
     EncoderDecoderModel,
@@ -99,9 +101,11 @@ def load_model(source: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Pr
     """The model asked for, or MiniLM-L6 as encoder and decoder, which takes its special tokens from `tokenizer`."""
     if source.model_name_or_path:
         return pretrained(AutoModelForSeq2SeqLM, source.model_name_or_path, dtype=source.dtype, **source.hub)
-    path = str(offline.minilm())
-    decoder = AutoConfig.from_pretrained(path, is_decoder=True, add_cross_attention=True)
-    model = EncoderDecoderModel.from_encoder_decoder_pretrained(path, path, decoder_config=decoder)
+    encoder = AutoModel.from_pretrained(offline.minilm())
+    config = AutoConfig.from_pretrained(offline.minilm(), is_decoder=True, add_cross_attention=True)
+    decoder = AutoModelForCausalLM.from_config(config)
+    decoder.base_model.load_state_dict(encoder.state_dict(), strict=False)  # all but the cross-attention and the head
+    model = EncoderDecoderModel(encoder=encoder, decoder=decoder)
     tokens = {
         "decoder_start_token_id": tokenizer.cls_token_id,
         "bos_token_id": tokenizer.cls_token_id,
