@@ -127,6 +127,12 @@ class Ranks:
                 module.zero_grad(set_to_none=True)
                 module.reshard()
 
+    def place(self, position: int) -> int:
+        """The number of this rank's micro-batch `position` among those of all ranks: no other of the step has it."""
+        if self._group is None:
+            return position
+        return position * dist.get_world_size(self._group) + dist.get_rank(self._group)
+
     def summed(self, values: Tensor) -> Tensor:
         """`values` added up over the ranks, whose batches differ; as it is in one process."""
         if self._group is not None:

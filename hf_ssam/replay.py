@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .tensors import Snapshot, local
 
@@ -74,10 +75,16 @@ class Replay:
     """
 
     def __init__(self, model: nn.Module, replay_rng: bool = True):
-        devices = {t.device for t in (*model.parameters(), *model.buffers())}
+        self._model = model
+        tensors = (*model.parameters(), *model.buffers())
+        devices = {t.device for t in tensors} | {_computes_on(t) for t in tensors}
         self._devices = tuple(sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str))
         self._buffers = Buffers(model)
         self.replay_rng = replay_rng
+
+    def single_samples(self) -> contextlib.AbstractContextManager[None]:
+        """What passes over one sample run in."""
+        return running_statistics(self._model)
 
     def saw_buffers(self) -> Any:
         """The buffers as the first pass is about to find them."""
@@ -98,6 +105,37 @@ class Replay:
             self._buffers.restore(buffers_left)
             if rng_left is not None:
                 rng_left.restore()
+
+
+def _computes_on(tensor: torch.Tensor) -> torch.device:
+    """Where a tensor is used: a shard that rests in host memory (FSDP2's CPU offload) is used on its mesh's device."""
+    if not isinstance(tensor, DTensor) or tensor.device_mesh.device_type == tensor.device.type:
+        return tensor.device
+    kind = tensor.device_mesh.device_type
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+@contextlib.contextmanager
+def running_statistics(model: nn.Module) -> Iterator[None]:
+    """Let BatchNorm layers that train normalise by their running statistics: a single sample has no batch's.
+
+    Around each layer's own forward, since the Trainer calls `model.train()` in every pass.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    hooks = [layer.register_forward_pre_hook(lambda module, _: _set_training(module, False)) for layer in layers]
+    hooks += [
+        layer.register_forward_hook(lambda module, *_: _set_training(module, True), always_call=True)
+        for layer in layers
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _set_training(module: nn.Module, mode: bool) -> None:
+    module.training = mode
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ class Draw:
         ids: dataset indices of the micro-batch's samples, shape (B,), on the model's device.
         memory: what the method keeps between steps.
         step: how many steps the method has been at work in before this one.
-        position: the micro-batch's place in the step.
+        position: the micro-batch's place in the step, over all ranks.
     """
 
     ids: Tensor

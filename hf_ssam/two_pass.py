@@ -242,7 +242,7 @@ class TwoPass:
     def _first(self, window: Window, run: RunPass, share: float | Tensor, samples: Tensor | None) -> Tensor:
         seen = Seen(run, self._replay.saw_rng(), samples)
         if self.rho > 0:
-            position = len(self._reports) + len(window.passes)
+            position = self.ranks.place(len(self._reports) + len(window.passes))
             self._samples.pick(seen, self._memory, self.steps, position, self.space.device)
         window.passes.append(seen)
         window.share = window.share + share

@@ -83,8 +83,9 @@ def squared_gradients(window: Window, space: Space, ranks: Ranks, replay: Replay
     """`(v, samples) -> Σ (∂ℓ_i)²` by one backward pass a sample, with its true label, at the weights as they are.
 
     As many samples as asked for, of all ranks together, or what the step has. Nobody sees these passes: generators,
-    buffers and `.grad` are as before. Only the proportions of the result mean something: losses carry their scale and
-    share.
+    buffers and `.grad` are as before. BatchNorm normalises by its running statistics, since one sample has no others
+    (the official code lets each sample be its own batch, and move them). Only the proportions of the result mean
+    something: losses carry their scale and share.
     """
 
     def fisher(v: Vector, samples: int) -> Vector:
@@ -92,7 +93,7 @@ def squared_gradients(window: Window, space: Space, ranks: Ranks, replay: Replay
         total = {n: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for n, t in v.items()}
         left = math.ceil(samples / ranks.world_size)
         try:
-            with replay.rewound(window.buffers_seen):
+            with replay.rewound(window.buffers_seen), replay.single_samples():
                 for seen in window.passes:
                     for i in range(min(left, seen.sight.size)):
                         _add_square(total, seen, i, space, ranks)
@@ -120,7 +121,7 @@ def _add_square(total: Vector, seen: Seen, i: int, space: Space, ranks: Ranks) -
 def _one_sample_at_a_time() -> Iterator[None]:
     try:
         yield
-    except ValueError as error:  # what BatchNorm raises where one sample has one value a channel
+    except ValueError as error:  # what a norm over the batch without running statistics raises
         raise ValueError(
             f"optim_args: mask=fisher runs the model on one sample at a time, which it cannot do in training mode "
             f"({error}); choose mask=dynamic."

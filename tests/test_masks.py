@@ -218,18 +218,39 @@ def test_groups_that_do_not_divide_are_refused_before_any_pass():
         TwoPass(model, "sparse_sam", structure="2:4")
 
 
-def test_a_model_that_cannot_run_on_one_sample_is_refused_with_the_way_out():
+def with_batch_norm(**given) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
-    x, y = torch.randn(6, 3).double(), torch.randn(6, 1).double()
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, **given), nn.Linear(4, 1)).double()
+    return model, (torch.randn(6, 3).double(), torch.randn(6, 1).double())
+
+
+def test_single_samples_are_normalised_by_the_running_statistics_and_move_none():
+    model, batch = with_batch_norm()
+    model[1].running_mean.normal_()
+    total = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    model.eval()
+    for i in range(6):
+        loss_of(model, (batch[0][i : i + 1], batch[1][i : i + 1])).backward()
+        for n, p in model.named_parameters():
+            total[n] += p.grad**2
+        model.zero_grad()
+    model.train()
+    engine = TwoPass(model, "sparse_sam", 0.1, num_samples=6)
+    engine.step(indexed_backward(model, batch))
+    mask = engine.state_dict()["memory"]["mask"]
+    kept = torch.cat([t.flatten() for t in total.values()]).sort(descending=True).values[int(29 * 0.5) - 1]
+    assert all(torch.equal(mask[n], total[n] >= kept) for n in total)
+    assert model[1].training and model[1].num_batches_tracked == 1
+
+
+def test_a_model_that_cannot_run_on_one_sample_is_refused_with_the_way_out():
+    model, batch = with_batch_norm(track_running_stats=False)
     before = weights(model)
     with pytest.raises(ValueError, match="mask=fisher runs the model on one sample at a time.*choose mask=dynamic"):
-        TwoPass(model, "sparse_sam").step(indexed_backward(model, (x, y)))
-    assert all(p.grad is None for p in model.parameters())
-    after = weights(model)
-    assert_identical({n: before[n] for n, _ in model.named_parameters()}, dict(model.named_parameters()))
-    assert after["1.num_batches_tracked"] == 1
-    TwoPass(model, "sparse_sam", mask="dynamic").step(indexed_backward(model, (x, y)))
+        TwoPass(model, "sparse_sam").step(indexed_backward(model, batch))
+    assert all(p.grad is None for p in model.parameters()) and model[1].training
+    assert_identical(before, weights(model))
+    TwoPass(model, "sparse_sam", mask="dynamic").step(indexed_backward(model, batch))
 
 
 def test_a_pass_that_takes_no_indices_is_refused():
