@@ -13,9 +13,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, default_data_collator, set_seed
+from transformers.trainer_utils import EvalLoopOutput
 
 import offline_models
 import offline_tasks
@@ -38,12 +40,15 @@ class RunningTextArguments(FileArguments):
 
 
 class LanguageModelTrainer(SSAMTrainer):
-    """Adds the perplexity to what an evaluation finds."""
+    """Adds the perplexity to what an evaluation finds, and logs."""
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """The parent's metrics, and ``eval_perplexity``."""
-        metrics = super().evaluate(*args, **kwargs)
-        return metrics | {"eval_perplexity": math.exp(min(metrics["eval_loss"], 700.0))}
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The parent's, with ``eval_perplexity`` beside ``eval_loss``."""
+        output = super().evaluation_loop(*args, **kwargs)
+        losses = {name: value for name, value in output.metrics.items() if name.endswith("_loss")}
+        for name, loss in losses.items():
+            output.metrics[name.replace("_loss", "_perplexity")] = math.exp(min(loss, 700.0))
+        return output
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
@@ -99,12 +104,20 @@ def blocks(
 
 
 def packer(tokenizer: PreTrainedTokenizerBase, data: RunningTextArguments) -> Callable[[dict], dict]:
-    """Texts -> blocks of `block_size` tokens, and the same as ``labels``: the model shifts them itself."""
+    """Texts -> blocks of `block_size` tokens, and the same as ``labels``: the model shifts them itself.
+
+    Raises:
+        UsageError: there is no end token to put between texts.
+    """
+    if tokenizer.eos_token_id is None:
+        name = tokenizer.name_or_path
+        raise UsageError(
+            f"the tokenizer of {name} has no end token to put between texts: set `eos_token` in its folder"
+        )
 
     def pack(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         texts = tokenizer(batch[data.text_column_name], add_special_tokens=False)["input_ids"]
-        end = [tokenizer.eos_token_id]
-        tokens = list(chain.from_iterable(ids + end for ids in texts))
+        tokens = list(chain.from_iterable([*ids, tokenizer.eos_token_id] for ids in texts))
         starts = range(0, len(tokens) - data.block_size + 1, data.block_size)
         cut = [tokens[start : start + data.block_size] for start in starts]
         return {"input_ids": cut, "labels": cut}

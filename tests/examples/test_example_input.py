@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer, BertConfig, BertForTokenClassification
+from transformers import AutoTokenizer, BertConfig, BertForTokenClassification, LlamaConfig, LlamaForCausalLM
 
 import offline
 import offline_tasks
@@ -141,6 +141,8 @@ def test_text_that_cannot_be_used(tmp_path):
 
 def test_packing_keeps_every_token_in_order_and_says_where_there_are_too_few(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
+    with pytest.raises(UsageError, match="has no end token to put between texts"):
+        run_clm.packer(tokenizer, run_clm.RunningTextArguments())
     tokenizer.eos_token = "[SEP]"
     rows = Dataset.from_dict({"text": ["what is this", "who", "where is peru now"]})
     data = run_clm.RunningTextArguments(block_size=5)
@@ -150,6 +152,23 @@ def test_packing_keeps_every_token_in_order_and_says_where_there_are_too_few(tin
     assert packed["labels"] == packed["input_ids"]
     with pytest.raises(UsageError, match="less than one block: give a --block_size below 50"):
         run_clm.blocks(rows, tokenizer, run_clm.RunningTextArguments(block_size=50), None)
+
+
+def test_the_perplexity_is_logged_before_and_after_training(tmp_path, tiny):
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=30522, **size)).save_pretrained(tmp_path / "llama")
+    AutoTokenizer.from_pretrained(tiny, eos_token="[SEP]").save_pretrained(tmp_path / "llama")
+    (tmp_path / "text.txt").write_text("who is bach\nwhere is peru\n")
+    given = {
+        "--model_name_or_path": tmp_path / "llama", "--output_dir": tmp_path / "out", "--block_size": 4,
+        "--train_file": tmp_path / "text.txt", "--validation_file": tmp_path / "text.txt", "--max_steps": 1,
+        "--eval_on_start": "true", "--report_to": "none", "--save_strategy": "no",
+    }  # fmt: skip
+    results = run_clm.main([str(word) for pair in given.items() for word in pair])
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    before = next(entry for entry in log if "eval_loss" in entry)
+    for found in (before, results):
+        assert found["eval_perplexity"] == pytest.approx(np.exp(found["eval_loss"]))
 
 
 def test_the_first_token_of_a_word_has_its_tag(tiny):
