@@ -1,4 +1,4 @@
-"""What does a step cost? Times each method's step against the plain one, and the memory it takes, on one model and one device.
+"""What does a step cost? Times each method's step against the plain one, and its memory, on one model and one device.
 
     python examples/benchmark_step.py                                         # MiniLM-L6, or --model NAME_OR_FOLDER
     python examples/benchmark_step.py --device cuda --bf16 --batch_size 128   # with memory
