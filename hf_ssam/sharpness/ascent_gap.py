@@ -74,7 +74,7 @@ def ascent_sharpness(
     if not rho > 0 or steps < 1 or (m is not None and m < 1):
         raise ValueError(f"rho, steps, m: {rho}, {steps} and {m} are not allowed; choose rho > 0, steps and m from 1.")
     objective = Objective(model, batches, **({"distributed": False} if m else {}) | probe)
-    metric = torch.cat([(w.abs() + eta).flatten() for w in objective.weights().values()]) if adaptive else None
+    metric = objective.flat(objective.weights()).abs_().add_(eta) if adaptive else None
     rise = base = 0.0
     passes = 0
     for shard, share in _shards(objective, m):
@@ -103,13 +103,14 @@ def _highest(shard: Objective, rho: float, metric: Tensor | None, steps: int) ->
     """Highest loss met at a perturbation of full length, each in the direction of the gradient at the one before."""
     offset, highest = None, -float("inf")
     for _ in range(steps):
-        offset = _direction(shard.gradient(offset), metric).mul_(rho)
+        offset = _direction_(shard.gradient(offset), metric).mul_(rho)
         highest = max(highest, shard.value(offset))
     return highest
 
 
-def _direction(g: Tensor, metric: Tensor | None) -> Tensor:
-    """`T²g/‖Tg‖`, which maximises `⟨g, e⟩` over the ball of radius 1; zero where the gradient is."""
-    scaled = g if metric is None else g * metric
-    unit = scaled / length(scaled).clamp_min(torch.finfo(g.dtype).tiny)
-    return unit if metric is None else unit * metric
+def _direction_(g: Tensor, metric: Tensor | None) -> Tensor:
+    """`T²g/‖Tg‖` in place of g, which maximises `⟨g, e⟩` over the ball of radius 1; zero where the gradient is."""
+    if metric is not None:
+        g.mul_(metric)
+    g.div_(length(g).clamp_min(torch.finfo(g.dtype).tiny))
+    return g if metric is None else g.mul_(metric)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,14 +103,14 @@ def solve(
     """`top_eigenvalues` of an objective that is there already."""
     _check(k, objective.size, solver)
     begun, before = time.perf_counter(), objective.products
-    start = objective.random(torch.Generator().manual_seed(seed))
+    start = functools.partial(_start, objective, seed)
     arpack = max(2 * k + 1, 20)
     if objective.size <= arpack:
         solver, found = "dense", _dense(objective, k, vectors)
     elif (solver or _fitting(k, arpack, objective.size)) == "lean":
         solver, found = "lean", _lean(objective, start, tol, max_products or 200, vectors)
     else:
-        solver, found = "scipy", _scipy(objective, start, k, tol, max_products, vectors, arpack)
+        solver, found = "scipy", _scipy(objective, start(), k, tol, max_products, vectors, arpack)
     values, columns, converged = found
     named = tuple(objective.named(c.to(objective.device, objective.dtype)) for c in columns) if vectors else None
     return Eigenvalues(
@@ -121,6 +123,10 @@ def solve(
         precision=objective.precision,
         solver=solver,
     )
+
+
+def _start(objective: Objective, seed: int) -> Tensor:
+    return objective.random(torch.Generator().manual_seed(seed))
 
 
 def _check(k: int, size: int, solver: str | None) -> None:
@@ -168,15 +174,19 @@ def _scipy(
     return values[order], [torch.from_numpy(columns[:, i].copy()) for i in order], True
 
 
-def _lean(objective: Objective, start: Tensor, tol: float, max_products: int, vectors: bool) -> Found:
-    steps = max(1, max_products // 2) if vectors else max_products
-    again = start.clone() if vectors else None
+def _lean(objective: Objective, start: Callable[[], Tensor], tol: float, max_products: int, vectors: bool) -> Found:
+    value, ritz, residual = _top(objective, start(), tol, max(1, max_products // 2) if vectors else max_products)
+    converged = residual <= max(tol, torch.finfo(objective.dtype).eps * 8) * abs(value)
+    return [value], [_ritz_vector(objective, start(), ritz)] if vectors else [], converged
+
+
+def _top(objective: Objective, start: Tensor, tol: float, steps: int) -> tuple[float, np.ndarray, float]:
+    """`Tridiagonal.top` where the recurrence stops; its two vectors are freed on return."""
     for _, t in lanczos(objective, start):
         value, ritz, residual = t.top()
         if residual <= tol * abs(value) or len(t.alphas) >= steps:
             break
-    converged = residual <= max(tol, torch.finfo(objective.dtype).eps * 8) * abs(value)
-    return [value], [_ritz_vector(objective, again, ritz)] if vectors else [], converged
+    return value, ritz, residual
 
 
 def _ritz_vector(objective: Objective, start: Tensor, ritz: np.ndarray) -> Tensor:

@@ -26,10 +26,11 @@ from tqdm.auto import tqdm
 
 from ..replay import Replay
 from ..tensors import Vector
-from .arithmetic import accumulate, finite, loss_product
+from .arithmetic import finite
 from .double_backward import refuse_once_differentiable
 from .measured import LossFunction, LossModule, model_loss, selected, without_autocast
 from .probe import Batch, Batches, as_batches, count_items, moved
+from .streamed import add_gradient, add_product
 
 
 class Objective:
@@ -114,7 +115,7 @@ class Objective:
         parts = self.split(out)
 
         def visit(loss: Tensor, leaves: list[Tensor], share: float) -> None:
-            accumulate(parts, torch.autograd.grad(loss, leaves, allow_unused=True), share)
+            add_gradient(loss, leaves, parts, share)
 
         self._sweep(visit, offset)
         return finite(self._reduced(out), "the gradient")
@@ -137,7 +138,7 @@ class Objective:
         def visit(loss: Tensor, leaves: list[Tensor], share: float) -> None:
             if self.products == 1:
                 refuse_once_differentiable(loss)
-            accumulate(parts, loss_product(loss, leaves, directions), share)
+            add_product(loss, leaves, directions, parts, share)
 
         self._sweep(visit)
         self._bar.update()

@@ -157,5 +157,5 @@ def _quadrature(objective: Objective, start: Tensor, steps: int) -> tuple[np.nda
 def _signs(objective: Objective, count: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
-        bits = torch.randint(2, (objective.size,), generator=generator)
-        yield (2 * bits - 1).to(objective.device, objective.dtype)
+        bits = torch.empty(objective.size, dtype=objective.dtype).random_(0, 2, generator=generator)
+        yield bits.mul_(2).sub_(1).to(objective.device)

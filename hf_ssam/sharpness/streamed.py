@@ -1,0 +1,74 @@
+"""Gradients taken weight by weight, so that a list of all of them, as long as the weights themselves, never exists.
+
+`torch.autograd.grad` holds every gradient until the last one is there. A hook on each leaf sees its gradient as soon
+as it is complete, takes what is wanted of it, and hands back a zero that owns no memory; the gradient is then freed
+before the next one is computed. A Hessian-vector product in this manner needs the activations, the largest single
+weight, and the vector it is added to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from .double_backward import unsupported
+
+Take = Callable[[int, Tensor], None]
+
+
+def add_gradient(loss: Tensor, leaves: list[Tensor], parts: list[Tensor], share: float) -> None:
+    """`parts ← parts + share · ∇loss`, in place; a leaf that the loss does not depend on adds zero."""
+    _stream([loss], None, leaves, partial(_add, parts, share))
+
+
+def add_product(
+    loss: Tensor, leaves: list[Tensor], directions: list[Tensor], parts: list[Tensor], share: float
+) -> None:
+    """`parts ← parts + share · ∇⟨∇loss, v⟩`, in place; of `∇loss` only its place in the graph is kept.
+
+    Raises:
+        NotImplementedError: if an operation has no double backward; it is named.
+    """
+    edges: list[GradientEdge] = []
+    outer: list[Tensor] = []
+
+    def keep(i: int, gradient: Tensor) -> None:
+        if gradient.requires_grad:
+            edges.append(get_gradient_edge(gradient))
+            outer.append(directions[i].to(gradient))
+
+    try:
+        _stream([loss], None, leaves, keep, create_graph=True)
+        if edges:
+            _stream(edges, outer, leaves, partial(_add, parts, share))
+    except RuntimeError as error:
+        raise unsupported(error) or error from error
+
+
+def _add(parts: list[Tensor], share: float, i: int, gradient: Tensor) -> None:
+    parts[i].add_(gradient.to(parts[i].device), alpha=share)
+
+
+def _stream(
+    outputs: Sequence[Tensor | GradientEdge],
+    outer: list[Tensor] | None,
+    leaves: list[Tensor],
+    take: Take,
+    create_graph: bool = False,
+) -> None:
+    """One backward pass that calls `take(i, gradient)` for every leaf it reaches."""
+
+    def hook(i: int, gradient: Tensor) -> Tensor:
+        take(i, gradient)
+        return gradient.new_zeros(()).expand_as(gradient)
+
+    handles = [leaf.register_hook(partial(hook, i)) for i, leaf in enumerate(leaves)]
+    try:
+        torch.autograd.grad(outputs, leaves, outer, create_graph=create_graph, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
