@@ -10,6 +10,7 @@ each to be answered with its class (`offline_tasks.classified_questions`); neith
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from datasets import DatasetDict
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         processing_class=tokenizer_for(model_args, path),
         peft_config=adapter(lora_args),
     )
-    return train_and_report(trainer, plan.checkpoint, dataset_name=data_args.card.get("dataset"))
+    name = Path(args.hub_model_id or args.output_dir).name
+    return train_and_report(trainer, plan.checkpoint, model_name=name, dataset_name=data_args.card.get("dataset"))
 
 
 def check_form(raw: DatasetDict) -> None:

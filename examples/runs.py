@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from cli import UsageError
 
-COSTS = ("_time", "_runtime", "_per_second")
+COSTS = ("_time", "_runtime", "_per_second", "_num_tokens")
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ def test_supervised_fine_tuning(tmp_path):
     short += ["--save_strategy", "no", "--logging_steps", 1, "--output_dir", tmp_path]
     out = run_script("run_sft.py", TASKS / "questions_sft.yaml", *short)
     assert "results after 1 steps: eval_loss" in out and "eval_mean_token_accuracy" in out
+    assert f"# Model Card for {tmp_path.name}" in (tmp_path / "README.md").read_text()
     assert perturbed(tmp_path) == pytest.approx([0.05], rel=1e-3)
     answer = make_pipeline("text-generation", str(tmp_path))("Who wrote Hamlet ?\nKind:", max_new_tokens=2)
     assert answer[0]["generated_text"].startswith("Who wrote Hamlet ?")
