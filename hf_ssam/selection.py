@@ -70,8 +70,10 @@ def by_rise(alpha: float, s_min: float, s_max: float, seed: int) -> Callable[[Dr
 
     `p_i = s_min + (s_max − s_min)(a_i − min a)/(max a − min a)`, all `s_max` where the a are equal; a sample never
     seen counts as the batch's largest. The form is ours: the paper's own could not be read (its abstract says that
-    samples are drawn by an average difference of losses). Drawn as the largest p_i / E_i with E_i exponential, which
-    is drawing one after the other without replacement, and asks nothing of the host.
+    samples are drawn by an average difference of losses). The mean over the drawn samples is taken unweighted: an
+    importance weight (Horvitz-Thompson) would have to enter the loss, which belongs to the model. Drawn as the
+    largest p_i / E_i with E_i exponential, which is drawing one after the other without replacement, and asks nothing
+    of the host.
     """
 
     def before(draw: Draw) -> Tensor:
