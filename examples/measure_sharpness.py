@@ -3,38 +3,32 @@
     python examples/measure_sharpness.py runs/ssam runs/adamw                      # folders or names on the Hub
     python examples/measure_sharpness.py runs/ssam --parameters "layer\\.0\\." classifier
     python examples/measure_sharpness.py gpt2 --dataset_name my/texts --text_column text
+    python examples/measure_sharpness.py runs/ssam --measures eigenvalues --no_figures     # λ₁ alone: the cheapest
 
-Prints a table (top eigenvalues, trace with its standard error, rise of the loss at rho) and writes it with the figures
-to `--output_dir`. Text classifiers, causal language models and image classifiers are told apart by their
-configuration; a model without a head gets a fresh one, which is said. With no data set it takes the offline TREC
-questions, or the offline digits for images.
+Prints a table (top eigenvalues, trace with its standard error, rise of the loss at rho) and what each measure cost,
+and writes them with the figures to `--output_dir`. A model without a head gets a fresh one, which is said. With no
+data set it takes the offline TREC questions, or the offline digits for images.
+
+Memory is the highest resident size of the process during a measure, less its size when all models are loaded and
+each has evaluated its loss once: weights, libraries and their first use are not counted, vectors, activations and
+what the allocator keeps after they are freed are.
 """
 
 import argparse
 import json
-import resource
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, load_dataset, load_from_disk
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    set_seed,
-)
 
-import offline
-from cli import UsageError, run
+import resident
+from cli import run
 from hf_ssam.plots import plot_loss_line, plot_loss_plane, plot_spectrum
 from hf_ssam.sharpness import (
+    Objective,
     ascent_sharpness,
     loss_line,
     loss_plane,
@@ -43,197 +37,128 @@ from hf_ssam.sharpness import (
     top_eigenvalues,
     trace,
 )
+from probes import Subject, load_all
 
-Batches = list[dict[str, torch.Tensor]]
-
-
-@dataclass
-class Subject:
-    """A model with the rows it is measured on."""
-
-    name: str
-    model: PreTrainedModel
-    batches: Batches
+Row = dict[str, Any]
 
 
-def load(name: str, args: argparse.Namespace) -> Subject:
-    """The model `name` and `args.rows` rows in its own tokens or pixels."""
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{name} is neither a model folder nor a name on the Hub: {str(error).splitlines()[0]}"
-        ) from error
-    head = (config.architectures or [""])[0]
-    set_seed(0)
-    if "ForCausalLM" in head or "LMHeadModel" in head:
-        model = AutoModelForCausalLM.from_pretrained(name)
-        return Subject(name, model, texts(name, rows(args, offline.trec), args))
-    if "ForImageClassification" in head:
-        model = AutoModelForImageClassification.from_pretrained(name)
-        return Subject(name, model, images(name, model, rows(args, offline.mnist_5k), args))
-    data = rows(args, offline.trec)
-    if "ForSequenceClassification" in head:
-        model = AutoModelForSequenceClassification.from_pretrained(name)
-    else:
-        print(f"{name} has no classification head: measured with a fresh one.")
-        labels = len(set(data[args.label_column]))
-        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=labels)
-    return Subject(name, model, classified(name, model, data, args))
+def eigenvalues(subject: Subject, args: argparse.Namespace, how: Row) -> Row:
+    """The k largest eigenvalues."""
+    top = top_eigenvalues(subject.model, subject.batches, k=args.k, tol=args.tol, **how)
+    found = {"eigenvalues": top.values, "solver": top.solver, "converged": top.converged}
+    return found | {"work": f"{top.products} products"}
 
 
-def rows(args: argparse.Namespace, default: Any) -> Dataset:
-    """The rows to measure on: the first of the split, shuffled with seed 0."""
-    if args.dataset_name is None:
-        data = default()
-    elif Path(args.dataset_name).is_dir():
-        data = load_from_disk(args.dataset_name)
-    else:
-        data = load_dataset(args.dataset_name)
-    data = data if isinstance(data, Dataset) else data[args.split]
-    return data.shuffle(seed=0).select(range(min(args.rows, len(data))))
+def traced(subject: Subject, args: argparse.Namespace, how: Row) -> Row:
+    """The trace and its standard error."""
+    total = trace(subject.model, subject.batches, args.trace_samples, **how)
+    found = {"trace": total.value, "trace_error": total.standard_error}
+    return found | {"work": f"{total.products} products"}
 
 
-def batched(data: Dataset, size: int) -> list[dict[str, list]]:
-    """The rows in order, `size` at a time."""
-    return [data[i : i + size] for i in range(0, len(data), size)]
+def ascended(subject: Subject, args: argparse.Namespace, how: Row) -> Row:
+    """The rise of the loss in the plain ball and in the adaptive one."""
+    plain = ascent_sharpness(subject.model, subject.batches, args.rho, **how)
+    adaptive = ascent_sharpness(subject.model, subject.batches, args.adaptive_rho, adaptive=True, **how)
+    found = {"rise": plain.value, "adaptive_rise": adaptive.value}
+    return found | {"work": f"{plain.passes + adaptive.passes} gradients and losses"}
 
 
-def classified(name: str, model: PreTrainedModel, data: Dataset, args: argparse.Namespace) -> Batches:
-    """Tokenised texts with their labels."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    ids = label_ids(model, data, args)
-    return [
-        {**tokenized(tokenizer, part[column(data, args.text_column)], args), "labels": ids(part[args.label_column])}
-        for part in batched(data, args.batch_size)
-    ]
+MEASURES: dict[str, Callable[[Subject, argparse.Namespace, Row], Row]] = {
+    "eigenvalues": eigenvalues,
+    "trace": traced,
+    "ascent": ascended,
+}
 
 
-def texts(name: str, data: Dataset, args: argparse.Namespace) -> Batches:
-    """Tokenised texts that are their own labels, padding left out."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    parts = [
-        tokenized(tokenizer, part[column(data, args.text_column)], args) for part in batched(data, args.batch_size)
-    ]
-    return [{**p, "labels": p["input_ids"].where(p["attention_mask"].bool(), -100)} for p in parts]
-
-
-def images(name: str, model: PreTrainedModel, data: Dataset, args: argparse.Namespace) -> Batches:
-    """Pixels with their labels."""
-    processor = AutoImageProcessor.from_pretrained(name)
-    ids = label_ids(model, data, args)
-    return [
-        {
-            "pixel_values": processor([i.convert("RGB") for i in part["image"]], return_tensors="pt")["pixel_values"],
-            "labels": ids(part[args.label_column]),
-        }
-        for part in batched(data, args.batch_size)
-    ]
-
-
-def tokenized(tokenizer: Any, part: list[str], args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """A padded batch."""
-    return dict(tokenizer(part, padding=True, truncation=True, max_length=args.max_length, return_tensors="pt"))
-
-
-def column(data: Dataset, name: str) -> str:
-    """`name`, if there is such a column."""
-    if name not in data.column_names:
-        raise UsageError(
-            f"the data set has no column {name!r}; --text_column and --label_column take {data.column_names}"
-        )
-    return name
-
-
-def label_ids(model: PreTrainedModel, data: Dataset, args: argparse.Namespace) -> Any:
-    """What turns labels into the model's: by name where the model knows the names, as numbers otherwise."""
-    feature = data.features[column(data, args.label_column)]
-    known = model.config.label2id or {}
-    if isinstance(feature, ClassLabel) and set(feature.names) <= set(known):
-        return lambda labels: torch.tensor([known[feature.int2str(label)] for label in labels])
-    largest = max(data[args.label_column])
-    if not isinstance(largest, int) or largest >= model.config.num_labels:
-        raise UsageError(f"label {largest!r} of the data is none of the model's {model.config.num_labels} labels")
-    return torch.tensor
-
-
-def measure(subject: Subject, pattern: str | None, args: argparse.Namespace) -> dict[str, Any]:
-    """One row of the table."""
+def measure(subject: Subject, pattern: str | None, args: argparse.Namespace, base: float | None) -> Row:
+    """One row of the table; memory is counted from `base`."""
+    objective = Objective(subject.model, subject.batches, parameters=pattern)
+    row = {"model": subject.name, "weights": pattern or "all trainable", "n": objective.size}
+    row |= {"loss": objective.value(), "precision": objective.precision, "cost": {}}
     how = {"parameters": pattern, "progress": args.progress}
-    model, batches = subject.model, subject.batches
-    top = top_eigenvalues(model, batches, k=args.k, tol=args.tol, **how)
-    total = trace(model, batches, args.trace_samples, **how)
-    rise = ascent_sharpness(model, batches, args.rho, **how)
-    adaptive = ascent_sharpness(model, batches, args.adaptive_rho, adaptive=True, **how)
-    return {
-        "model": subject.name,
-        "weights": pattern or "all trainable",
-        "n": top.parameters,
-        "loss": rise.loss,
-        "eigenvalues": top.values,
-        "trace": total.value,
-        "trace_error": total.standard_error,
-        "rise": rise.value,
-        "adaptive_rise": adaptive.value,
-        "precision": top.precision,
-        "solver": top.solver,
-        "converged": top.converged,
-        "products": top.products + total.products,
-        "eigenvalue_seconds": top.seconds,
-        "seconds": top.seconds + total.seconds,
-    }
+    for name in args.measures:
+        begun = time.perf_counter()
+        found, peak = resident.peak_of(partial(MEASURES[name], subject, args, how))
+        cost = {"work": found.pop("work"), "seconds": time.perf_counter() - begun}
+        row["cost"][name] = cost | {"mib": None if peak is None else peak - base, "weight_mib": subject.weight_mib}
+        row |= found
+    return row
 
 
-def table(measured: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    """The rows in Markdown."""
-    heads = ("model", "weights", "n", "loss", "λ₁", "λ₂ …", "trace ± error", f"rise at ρ = {args.rho:g}")
-    heads += (f"adaptive, ρ = {args.adaptive_rho:g}", "products", "s")
-    lines = [heads, ("---",) * len(heads)]
-    for m in measured:
-        first, *others = (f"{v:.4g}" for v in m["eigenvalues"])
-        name = Path(m["model"]).name if Path(m["model"]).is_dir() else m["model"]
-        trace_text = f"{m['trace']:.4g} ± {m['trace_error']:.2g}"
-        numbers = (f"{m['n']:,}", f"{m['loss']:.4f}", first, " ".join(others) or "–", trace_text)
-        lines.append((name, m["weights"], *numbers, f"{m['rise']:.4f}", f"{m['adaptive_rise']:.4f}"))
-        lines[-1] += (str(m["products"]), f"{m['seconds']:.1f}")
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def shown(row: Row, args: argparse.Namespace) -> dict[str, str]:
+    """A row as a reader sees it, by heading."""
+    cells = {"model": row["model"], "weights": row["weights"], "n": f"{row['n']:,}", "loss": f"{row['loss']:.4f}"}
+    if "eigenvalues" in row:
+        first, *others = (f"{v:.4g}" for v in row["eigenvalues"])
+        cells |= {"λ₁": first if row["converged"] else f"≥ {first}", "λ₂ …": " ".join(others) or "–"}
+    if "trace" in row:
+        cells["trace ± error"] = f"{row['trace']:.4g} ± {row['trace_error']:.2g}"
+    if "rise" in row:
+        cells[f"rise at ρ = {args.rho:g}"] = f"{row['rise']:.4f}"
+        cells[f"adaptive, ρ = {args.adaptive_rho:g}"] = f"{row['adaptive_rise']:.4f}"
+    return cells | {"precision": row["precision"]}
+
+
+def costs(row: Row) -> list[dict[str, str]]:
+    """What each measure of a row cost, by heading."""
+    lines = []
+    for name, cost in row["cost"].items():
+        mib, weights = cost["mib"], cost["weight_mib"]
+        memory = "not known here" if mib is None else f"{mib:.0f} MiB = {mib / weights:.1f} × its {weights:.0f} MiB"
+        cells = {"model": row["model"], "weights": row["weights"], "measure": name, "work": cost["work"]}
+        lines.append(cells | {"seconds": f"{cost['seconds']:.1f}", "memory above the loaded model": memory})
+    return lines
+
+
+def markdown(lines: list[dict[str, str]]) -> str:
+    """A table of lines that all have the same headings."""
+    rows = [tuple(lines[0]), ("---",) * len(lines[0]), *(tuple(line.values()) for line in lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def report(measured: list[Row], args: argparse.Namespace) -> str:
+    """Both tables."""
+    costly = [line for row in measured for line in costs(row)]
+    return f"{markdown([shown(row, args) for row in measured])}\n\n{markdown(costly)}\n"
 
 
 def draw(subjects: list[Subject], args: argparse.Namespace) -> None:
     """Spectra over each other, the loss along the top eigenvector and a random direction, and a plane a model."""
-    spectra, lines = {}, {}
+    spectra, lines, how = {}, {}, {"progress": args.progress}
+    reach = (args.reach * torch.linspace(-1, 1, 21)).tolist()
     for i, subject in enumerate(subjects):
-        how = {"progress": args.progress}
-        model, batches = subject.model, subject.batches
-        name = Path(subject.name).name
-        spectra[name] = spectrum(model, batches, args.spectrum_steps, 1, **how)
-        top = top_eigenvalues(model, batches, tol=1e-2, vectors=True, **how)
-        random = random_direction(model)
+        on = subject.model, subject.batches
+        spectra[subject.name] = spectrum(*on, args.spectrum_steps, 1, **how)
+        top = top_eigenvalues(*on, tol=1e-2, vectors=True, **how)
+        random = random_direction(subject.model)
         length = sum(t.square().sum() for t in random.values()).sqrt()
-        reach = args.reach * torch.linspace(-1, 1, 21)
-        lines[f"{name}: top eigenvector"] = loss_line(model, batches, top.vectors[0], reach.tolist(), **how)
         unit = {n: t / length for n, t in random.items()}
-        lines[f"{name}: random direction"] = loss_line(model, batches, unit, reach.tolist(), **how)
+        lines[f"{subject.name}: top eigenvector"] = loss_line(*on, top.vectors[0], reach, **how)
+        lines[f"{subject.name}: random direction"] = loss_line(*on, unit, reach, **how)
         if args.plane:
-            other = random_direction(model, seed=1)
-            plane = loss_plane(model, batches, random, other, torch.linspace(-1, 1, 11).tolist(), **how)
+            plane = loss_plane(
+                *on, random, random_direction(subject.model, seed=1), torch.linspace(-1, 1, 11).tolist(), **how
+            )
             names = ("first random direction, filter-normalised", "second")
-            plot_loss_plane(plane, args.output_dir / f"plane_{i}_{name}.png", names=names)
+            path = args.output_dir / f"plane_{i}_{subject.name.replace('/', '_')}.png"
+            plot_loss_plane(plane, path, names=names)
     plot_spectrum(spectra, args.output_dir / "spectrum.png")
     plot_loss_line(lines, args.output_dir / "loss_line.png")
 
 
-def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Measure what the command line asks for; returns the rows of the table."""
+def flags() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a folder or a name on the Hub")
+    parser.add_argument("--measures", nargs="+", choices=list(MEASURES), default=list(MEASURES))
     parser.add_argument("--dataset_name", help="on the Hub, or a folder of `save_to_disk`")
     parser.add_argument("--split", default="train")
     parser.add_argument("--text_column", default="text")
+    parser.add_argument("--image_column", default="image")
     parser.add_argument("--label_column", default="label")
     parser.add_argument("--rows", type=int, default=32, help="rows of the probe")
-    parser.add_argument("--batch_size", type=int, default=8, help="smaller ones need less memory, same numbers")
+    parser.add_argument("--batch_size", type=int, default=4, help="smaller ones need less memory, same numbers")
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument(
         "--parameters", nargs="*", default=[None], help="patterns of weight names, a row of the table each"
@@ -249,24 +174,25 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--no_figures", action="store_true")
     parser.add_argument("--progress", action="store_true", help="show bars")
     parser.add_argument("--output_dir", type=Path, default=Path("sharpness"))
-    args = parser.parse_args(argv)
-    subjects = [load(name, args) for name in args.models]
-    before = memory()
-    measured = [measure(s, pattern, args) for s in subjects for pattern in args.parameters]
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Measure what the command line asks for; returns the rows of the table."""
+    args = flags().parse_args(argv)
+    subjects = load_all(args.models, args)
+    for subject in subjects:
+        Objective(subject.model, subject.batches).value()
+    base = resident.now()
+    measured = [measure(s, pattern, args, base) for s in subjects for pattern in args.parameters]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "sharpness.json").write_text(json.dumps(measured, indent=1))
-    (args.output_dir / "sharpness.md").write_text(table(measured, args) + "\n")
-    print(table(measured, args))
-    print(f"memory: {memory() - before:.0f} MiB above the {before:.0f} MiB of a process with the models loaded.")
+    (args.output_dir / "sharpness.md").write_text(report(measured, args))
+    print(report(measured, args))
     if not args.no_figures:
         draw(subjects, args)
     print(f"written to {args.output_dir}")
     return measured
-
-
-def memory() -> float:
-    """Largest resident size of this process so far, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

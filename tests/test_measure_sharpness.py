@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
-from transformers import BertTokenizerFast
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from transformers import BertTokenizerFast, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 import measure_sharpness
+import probes
+import resident
 from cli import UsageError
-from hf_ssam.sharpness import top_eigenvalues
+from hf_ssam.sharpness import Objective, top_eigenvalues
 from tests.cases import bert, gpt2
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "##a"]
@@ -38,7 +42,7 @@ def measured(folder, *flags: str, models=("first",)) -> list[dict]:
 
 def test_the_table_holds_the_librarys_numbers(folder, capsys):
     rows = measured(folder, "--no_figures", "--k", "2", models=("first", "second"))
-    assert [r["model"].rsplit("/", 1)[1] for r in rows] == ["first", "second"]
+    assert [r["model"] for r in rows] == ["first", "second"]
     data = Dataset.load_from_disk(folder / "data").shuffle(seed=0)
     tokenizer = BertTokenizerFast.from_pretrained(folder / "first")
     batch = {**tokenizer(data["text"][:], padding=True, return_tensors="pt"), "labels": torch.tensor(data["label"][:])}
@@ -55,6 +59,67 @@ def test_one_row_a_pattern(folder):
     assert rows[1]["n"] == 16 * 3 + 3
 
 
+def test_what_is_asked_for_and_no_more(folder, capsys):
+    rows = measured(folder, "--no_figures", "--measures", "trace", "eigenvalues")
+    assert list(rows[0]["cost"]) == ["trace", "eigenvalues"]
+    assert "rise" not in rows[0]
+    assert rows[0]["loss"] > 0
+    assert "rise" not in capsys.readouterr().out
+
+
+def test_the_numbers_do_not_depend_on_batches(folder):
+    small, large = (measured(folder, "--no_figures", "--batch_size", size)[0] for size in "16")
+    for name in ("loss", "trace", "rise"):
+        assert small[name] == pytest.approx(large[name], rel=1e-3, abs=1e-5)
+    assert small["eigenvalues"] == pytest.approx(large["eigenvalues"], rel=1e-2)
+
+
+def test_memory_is_that_of_the_call_alone():
+    torch.ones(2**26).sum()
+    base = resident.now()
+    _, peak = resident.peak_of(lambda: torch.ones(2**24).sum())
+    assert 60 < peak - base < 130
+
+
+def test_images(folder):
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 8, 8), dtype=np.uint8)
+    classes = ClassLabel(names=["x", "y", "z"])
+    features = Features({"scan": Image(), "label": classes})
+    data = Dataset.from_dict(
+        {"scan": [PIL.Image.fromarray(p) for p in pixels], "label": [0, 1, 2, 0, 1, 2]}, features=features
+    )
+    DatasetDict(test=data).save_to_disk(folder / "scans")
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=4,
+        hidden_sizes=[4, 8],
+        depths=[1, 1],
+        layer_type="basic",
+        label2id={"z": 0, "y": 1, "x": 2},
+        id2label={0: "z", 1: "y", 2: "x"},
+    )
+    model = ResNetForImageClassification(config).eval()
+    model.save_pretrained(folder / "images")
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    processor.save_pretrained(folder / "images")
+    flags = ("--dataset_name", str(folder / "scans"), "--image_column", "scan", "--spectrum_steps", "4")
+    row = measured(folder, *flags, "--split", "test", "--measures", "eigenvalues", models=("images",))[0]
+    inputs = processor([PIL.Image.fromarray(p).convert("RGB") for p in pixels], return_tensors="pt")
+    batch = {**inputs, "labels": torch.tensor([2, 1, 0, 2, 1, 0])}
+    assert row["loss"] == pytest.approx(Objective(model, batch).value(), rel=1e-5)
+    assert row["eigenvalues"] == pytest.approx(top_eigenvalues(model, batch).values, rel=1e-2)
+    with pytest.raises(UsageError, match="--split train: the data has 6 test examples"):
+        measured(folder, *flags, models=("images",))
+
+
+def test_models_of_the_same_folder_name_stay_apart(tmp_path):
+    for place in ("ssam/run", "adamw/run", "adamw/other"):
+        (tmp_path / place).mkdir(parents=True)
+    places = [str(tmp_path / place) for place in ("ssam/run", "adamw/run")]
+    assert probes.short_names(places) == ["ssam/run", "adamw/run"]
+    assert probes.short_names([places[0], str(tmp_path / "adamw/other"), "org/name"]) == ["run", "other", "org/name"]
+
+
 def test_figures_and_causal_models(folder):
     measured(folder, "--spectrum_steps", "4", "--plane", models=("first", "causal"))
     drawn = {p.name for p in (folder / "out").glob("*.png")}
@@ -62,7 +127,7 @@ def test_figures_and_causal_models(folder):
 
 
 def test_what_cannot_be_measured(folder, tmp_path):
-    with pytest.raises(UsageError, match="neither a model folder nor a name on the Hub"):
+    with pytest.raises(UsageError, match="neither a local folder nor to be had from the Hub"):
         measured(folder, models=("nothing",))
     with pytest.raises(UsageError, match="no column 'words'"):
         measured(folder, "--text_column", "words")

@@ -435,7 +435,7 @@ class TestObjective:
             (lambda *on: top_eigenvalues(*on, solver="lean", max_products=6, tol=1e-9, vectors=True), 3),
             (lambda *on: trace(*on, 2), 2),
             (lambda *on: ascent_sharpness(*on), 2),
-            (lambda *on: ascent_sharpness(*on, adaptive=True), 3),
+            (lambda *on: ascent_sharpness(*on, adaptive=True), 2),
         ],
         ids=["gradient", "eigenvalue", "eigenvector", "trace", "ascent", "adaptive ascent"],
     )

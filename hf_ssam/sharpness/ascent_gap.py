@@ -10,8 +10,9 @@ with a perturbation of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from .arithmetic import length
 from .objective import Objective
 from .probe import Batches, split_rows
+
+Metric = Callable[[Tensor], Tensor]
+"""A vector multiplied by T, in place."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def ascent_sharpness(
     if not rho > 0 or steps < 1 or (m is not None and m < 1):
         raise ValueError(f"rho, steps, m: {rho}, {steps} and {m} are not allowed; choose rho > 0, steps and m from 1.")
     objective = Objective(model, batches, **({"distributed": False} if m else {}) | probe)
-    metric = objective.flat(objective.weights()).abs_().add_(eta) if adaptive else None
+    metric = partial(_adaptive_, objective, eta) if adaptive else _plain_
     rise = base = 0.0
     passes = 0
     for shard, share in _shards(objective, m):
@@ -99,7 +103,7 @@ def _shards(objective: Objective, m: int | None) -> Iterator[tuple[Objective, fl
                 yield shard, shard.total / objective.total
 
 
-def _highest(shard: Objective, rho: float, metric: Tensor | None, steps: int) -> float:
+def _highest(shard: Objective, rho: float, metric: Metric, steps: int) -> float:
     """Highest loss met at a perturbation of full length, each in the direction of the gradient at the one before."""
     offset, highest = None, -float("inf")
     for _ in range(steps):
@@ -108,9 +112,18 @@ def _highest(shard: Objective, rho: float, metric: Tensor | None, steps: int) ->
     return highest
 
 
-def _direction_(g: Tensor, metric: Tensor | None) -> Tensor:
+def _direction_(g: Tensor, metric: Metric) -> Tensor:
     """`T²g/‖Tg‖` in place of g, which maximises `⟨g, e⟩` over the ball of radius 1; zero where the gradient is."""
-    if metric is not None:
-        g.mul_(metric)
-    g.div_(length(g).clamp_min(torch.finfo(g.dtype).tiny))
-    return g if metric is None else g.mul_(metric)
+    scaled = metric(g)
+    return metric(scaled.div_(length(scaled).clamp_min(torch.finfo(g.dtype).tiny)))
+
+
+def _plain_(vector: Tensor) -> Tensor:
+    return vector
+
+
+def _adaptive_(objective: Objective, eta: float, vector: Tensor) -> Tensor:
+    """`(|w| + η) · vector`, in place, weight by weight."""
+    for part, w in zip(objective.split(vector), objective.weights().values(), strict=True):
+        part.mul_((w.abs() + eta).to(part.device))
+    return vector
