@@ -17,7 +17,7 @@ what the allocator keeps after they are freed are.
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ import resident
 from cli import run
 from hf_ssam.plots import plot_loss_line, plot_loss_plane, plot_spectrum
 from hf_ssam.sharpness import (
+    Line,
     Objective,
+    Plane,
     ascent_sharpness,
     loss_line,
     loss_plane,
@@ -46,7 +48,7 @@ def eigenvalues(subject: Subject, args: argparse.Namespace, how: Row) -> Row:
     """The k largest eigenvalues."""
     top = top_eigenvalues(subject.model, subject.batches, k=args.k, tol=args.tol, **how)
     found = {"eigenvalues": top.values, "solver": top.solver, "converged": top.converged}
-    return found | {"work": f"{top.products} products"}
+    return found | {"work": f"{top.products} products ({top.solver})"}
 
 
 def traced(subject: Subject, args: argparse.Namespace, how: Row) -> Row:
@@ -124,27 +126,39 @@ def report(measured: list[Row], args: argparse.Namespace) -> str:
 
 
 def draw(subjects: list[Subject], args: argparse.Namespace) -> None:
-    """Spectra over each other, the loss along the top eigenvector and a random direction, and a plane a model."""
-    spectra, lines, how = {}, {}, {"progress": args.progress}
-    reach = (args.reach * torch.linspace(-1, 1, 21)).tolist()
-    for i, subject in enumerate(subjects):
-        on = subject.model, subject.batches
-        spectra[subject.name] = spectrum(*on, args.spectrum_steps, 1, **how)
-        top = top_eigenvalues(*on, tol=1e-2, vectors=True, **how)
-        random = random_direction(subject.model)
-        length = sum(t.square().sum() for t in random.values()).sqrt()
-        unit = {n: t / length for n, t in random.items()}
-        lines[f"{subject.name}: top eigenvector"] = loss_line(*on, top.vectors[0], reach, **how)
-        lines[f"{subject.name}: random direction"] = loss_line(*on, unit, reach, **how)
-        if args.plane:
-            plane = loss_plane(
-                *on, random, random_direction(subject.model, seed=1), torch.linspace(-1, 1, 11).tolist(), **how
-            )
-            names = ("first random direction, filter-normalised", "second")
-            path = args.output_dir / f"plane_{i}_{subject.name.replace('/', '_')}.png"
-            plot_loss_plane(plane, path, names=names)
+    """Spectra over each other, the loss along the top eigenvector and a random direction, and planes side by side."""
+    how = {"progress": args.progress}
+    spectra = {s.name: spectrum(s.model, s.batches, args.spectrum_steps, 1, **how) for s in subjects}
     plot_spectrum(spectra, args.output_dir / "spectrum.png")
-    plot_loss_line(lines, args.output_dir / "loss_line.png")
+    plot_loss_line(
+        {name: line for s in subjects for name, line in slices(s, args, how)}, args.output_dir / "loss_line.png"
+    )
+    if args.plane:
+        names = ("random direction, filter-normalised", "another one")
+        plot_loss_plane({s.name: plane(s, how) for s in subjects}, args.output_dir / "plane.png", names=names)
+
+
+def slices(subject: Subject, args: argparse.Namespace, how: Row) -> Iterator[tuple[str, Line]]:
+    """The loss along two unit vectors. An eigenvector has no sign: the higher end goes to the right."""
+    distances = (args.reach * torch.linspace(-1, 1, 21)).tolist()
+    top = top_eigenvalues(subject.model, subject.batches, tol=1e-2, vectors=True, **how).vectors[0]
+    line = loss_line(subject.model, subject.batches, top, distances, **how)
+    yield f"{subject.name}: top eigenvector", uphill(line)
+    random = random_direction(subject.model)
+    length = sum(t.square().sum() for t in random.values()).sqrt()
+    unit = {n: t / length for n, t in random.items()}
+    yield f"{subject.name}: random direction", loss_line(subject.model, subject.batches, unit, distances, **how)
+
+
+def uphill(line: Line) -> Line:
+    """The line, or its mirror image, so that the loss at the right end is the higher one."""
+    return line if line.losses[-1] >= line.losses[0] else Line(line.distances, line.losses[::-1])
+
+
+def plane(subject: Subject, how: Row) -> Plane:
+    """The loss over two filter-normalised random directions."""
+    first, second = (random_direction(subject.model, seed=seed) for seed in (0, 1))
+    return loss_plane(subject.model, subject.batches, first, second, torch.linspace(-1, 1, 11).tolist(), **how)
 
 
 def flags() -> argparse.ArgumentParser:

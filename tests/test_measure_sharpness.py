@@ -123,7 +123,7 @@ def test_models_of_the_same_folder_name_stay_apart(tmp_path):
 def test_figures_and_causal_models(folder):
     measured(folder, "--spectrum_steps", "4", "--plane", models=("first", "causal"))
     drawn = {p.name for p in (folder / "out").glob("*.png")}
-    assert drawn == {"spectrum.png", "loss_line.png", "plane_0_first.png", "plane_1_causal.png"}
+    assert drawn == {"spectrum.png", "loss_line.png", "plane.png"}
 
 
 def test_what_cannot_be_measured(folder, tmp_path):

@@ -148,13 +148,14 @@ class TestCurvature:
         ax = plot_spectrum(found, tmp_path / "spectrum.png")
         x, y = ax.get_lines()[0].get_data()
         np.testing.assert_allclose(y, found.density(x, 0.01 * (found.nodes[-1] - found.nodes[0])))
-        assert ax.texts[0].get_text() == "λ₁ ≈ 9"
+        assert list(curves(ax))[0] == "λ₁ ≈ 9 (▼)"
+        assert "standard deviation 0.1" in ax.get_xlabel()
         assert is_png(tmp_path / "spectrum.png")
 
     def test_two_spectra_have_a_legend(self):
         one = Spectrum(np.array([0.0, 1.0]), np.array([0.5, 0.5]), 1, 0.0, 10, "float32")
         ax = plot_spectrum({"ssam": one, "sgd": one})
-        assert [t.get_text() for t in ax.get_legend().get_texts()] == ["ssam", "sgd"]
+        assert [t.get_text() for t in ax.get_legend().get_texts()] == ["ssam: λ₁ ≈ 1 (▼)", "sgd: λ₁ ≈ 1 (▼)"]
 
     def test_lines_and_a_plane(self, tmp_path):
         t = np.linspace(-1, 1, 5)
@@ -166,6 +167,17 @@ class TestCurvature:
         assert (ax.get_xlabel(), ax.get_ylabel()) == ("a", "b")
         assert is_png(tmp_path / "line.png")
         assert is_png(tmp_path / "plane.png")
+
+    def test_planes_side_by_side_share_their_levels(self, tmp_path):
+        t = np.linspace(-1, 1, 5)
+        bowl = t[:, None] ** 2 + t**2
+        first = plot_loss_plane({"ssam": Plane(t, bowl), "sgd": Plane(t, 10 * bowl)}, tmp_path / "plane.png")
+        ssam, sgd, bar = first.figure.axes
+        assert first is ssam
+        assert (ssam.get_title(), sgd.get_title(), bar.get_ylabel()) == ("ssam", "sgd", "loss")
+        left, right = (ax.collections[0].levels for ax in (ssam, sgd))
+        np.testing.assert_array_equal(left, right)
+        assert right.max() >= 20
 
     def test_draws_where_it_is_told_to(self):
         figure = Figure()

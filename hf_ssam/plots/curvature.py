@@ -13,6 +13,7 @@ from .history import Source, history, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.contour import ContourSet
 
     from ..sharpness import Line, Plane, Spectrum
 
@@ -74,23 +75,17 @@ def plot_spectrum(
     ax = ax or canvas()[0]
     low, high = min(s.nodes[0] for s in named.values()), max(s.nodes[-1] for s in named.values())
     width = width or max(0.01 * (high - low), 1e-12)
-    grid = np.linspace(low - 5 * width, high + 5 * width, 1000)
+    grid = np.linspace(low - 7 * width, high + 7 * width, 1000)
     floor = min(0.1 / s.parameters for s in named.values()) / width
     for i, (name, spectrum) in enumerate(named.items()):
-        density = spectrum.density(grid, width)
-        ax.plot(grid, density, label=name, **style(i))
-        ax.plot(spectrum.nodes[-1], _height(spectrum, width, floor), "v", color=COLORS[i % len(COLORS)], clip_on=False)
-        ax.annotate(
-            f"λ₁ ≈ {spectrum.nodes[-1]:.3g}",
-            (spectrum.nodes[-1], _height(spectrum, width, floor)),
-            xytext=(0, 8 + 12 * i),
-            textcoords="offset points",
-            ha="right",
-            color=COLORS[i % len(COLORS)],
-        )
+        top = spectrum.nodes[-1]
+        label = f"{name}: λ₁ ≈ {top:.3g} (▼)" if name else f"λ₁ ≈ {top:.3g} (▼)"
+        ax.plot(grid, spectrum.density(grid, width), label=label, **style(i))
+        ax.plot(top, _height(spectrum, width, floor), "v", color=COLORS[i % len(COLORS)], clip_on=False)
     ax.set_yscale("log")
     ax.set_ylim(floor, 10 * max(float(max(line.get_ydata())) for line in ax.get_lines()))
-    dress(ax, "Spectral density of the Hessian", "eigenvalue λ", "density (log scale)", legend=len(named) > 1)
+    x = f"eigenvalue λ, each drawn as a bell of standard deviation {width:.2g}"
+    dress(ax, "Spectral density of the Hessian", x, "density (log scale)")
     save(ax, path)
     return ax
 
@@ -109,7 +104,7 @@ def plot_loss_line(lines: Mapping[str, Line], path: str | Path | None = None, ax
     """
     ax = ax or canvas()[0]
     for i, (name, line) in enumerate(lines.items()):
-        ax.plot(line.distances, line.losses, label=name, **style(i))
+        ax.plot(line.distances, line.losses, label=name, marker=".", markersize=4, **style(i))
     ax.axvline(0, color="black", linewidth=0.8, alpha=0.5)
     ax.annotate(" w", (0, 1), xycoords=("data", "axes fraction"), va="top")
     dress(ax, "Loss along lines through the weights w", "distance t in w + t d", "loss")
@@ -118,31 +113,45 @@ def plot_loss_line(lines: Mapping[str, Line], path: str | Path | None = None, ax
 
 
 def plot_loss_plane(
-    plane: Plane,
+    planes: Plane | Mapping[str, Plane],
     path: str | Path | None = None,
     ax: Axes | None = None,
     names: Sequence[str] = ("first direction", "second direction"),
 ) -> Axes:
-    """The loss over a plane through the weights, in filled levels.
+    """The loss over a plane through the weights, in filled levels; several planes side by side in the same levels.
 
     Args:
-        plane: from `sharpness.loss_plane`.
+        planes: from `sharpness.loss_plane`, one or several by name.
         path: where to save a PNG.
-        ax: where to draw; a new figure where None.
+        ax: where to draw a single one; a new figure where None.
         names: of the directions, to the right and upwards.
+
+    Returns:
+        The axes of the (first) plane.
     """
     from matplotlib.ticker import MaxNLocator
 
-    ax = ax or canvas(size=(5.6, 4.6))[0]
+    named = dict(planes) if isinstance(planes, Mapping) else {"": planes}
+    axes = [ax] if ax else canvas(1, len(named), (5.0, 4.4))
+    finite = np.concatenate([p.losses[np.isfinite(p.losses)] for p in named.values()])
+    levels = MaxNLocator(16).tick_values(finite.min(), finite.max())
+    for ax, (name, plane) in zip(axes, named.items(), strict=True):
+        filled = _levels(ax, plane, levels)
+        dress(ax, name or "Loss over a plane through the weights w", names[0], names[1], legend=False)
+    if len(named) > 1:
+        axes[0].figure.suptitle("Loss over a plane through the weights w of each model")
+    axes[0].figure.colorbar(filled, ax=axes, label="loss")
+    save(axes[0], path)
+    return axes[0]
+
+
+def _levels(ax: Axes, plane: Plane, levels: np.ndarray) -> ContourSet:
     losses = np.ma.masked_invalid(plane.losses)
-    levels = MaxNLocator(16).tick_values(losses.min(), losses.max())
     filled = ax.contourf(plane.distances, plane.distances, losses, levels=levels, cmap="viridis")
     ax.contour(plane.distances, plane.distances, losses, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
     ax.plot(0, 0, "o", color="white", markeredgecolor="black")
-    ax.annotate("w", (0, 0), xytext=(6, 6), textcoords="offset points", color="white", weight="bold")
-    ax.figure.colorbar(filled, ax=ax, label="loss")
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1.5}
+    ax.annotate("w", (0, 0), xytext=(7, 7), textcoords="offset points", weight="bold", bbox=box)
     ax.set_aspect("equal")
     ax.locator_params(nbins=5)
-    dress(ax, "Loss over a plane through the weights w", names[0], names[1], legend=False)
-    save(ax, path)
-    return ax
+    return filled
