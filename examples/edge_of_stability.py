@@ -9,7 +9,7 @@ against the edge that `sharpness.edge_of_stability` predicts for that method at 
 with the ‖g‖ and the γ = ‖g‖/‖ĝ‖ of that moment. SSAM's edge lies between SAM's (γ = 1) and 2/η, to which it comes
 where the gradient lies along the top eigenvector.
 
-    python examples/edge_of_stability.py                    # about ten minutes on one idle core
+    python examples/edge_of_stability.py                    # ten minutes or more on one idle core
     python examples/edge_of_stability.py --etas 0.4 --rhos 0.05 --output_dir edges
     python examples/edge_of_stability.py --drawn_from edge_of_stability/runs.json    # table and figure again
 
@@ -19,6 +19,7 @@ reported as such and is not part of the tolerance.
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+import cli
 from hf_ssam import TwoPass
 from hf_ssam.plots.canvas import COLORS, canvas, dress, save
 from hf_ssam.sharpness import edge_of_stability, top_eigenvalues
@@ -163,7 +165,7 @@ def figure(runs: list[Run], etas: list[float], path: Path) -> None:
             panel(ax, [r for r in row if r.method == method], eta)
             y = f"λ₁ at η = {eta:g}" if method == "gd" else ""
             dress(ax, title if i == 0 else "", "step" if i == len(etas) - 1 else "", y)
-            ax.set_ylim(0, 1.25 * 2 / eta)
+            ax.set_ylim(0, max(1.25 * 2 / eta, 1.05 * max(max(r.eigenvalues) for r in row)))
     axes[0].figure.suptitle(
         "Top Hessian eigenvalue λ₁ (broad) and its predicted edge (dashed); grey: 2/η, the edge of gradient descent"
     )
@@ -183,10 +185,24 @@ def panel(ax, runs: list[Run], eta: float) -> None:
 def trained(args: argparse.Namespace) -> list[Run]:
     """Every method at every η and ρ asked for."""
     torch.set_num_threads(1)  # the network is too small to share out
-    batch = digits(args.digits)
     plan = [("gd", eta, 0.0) for eta in args.etas]
     plan += [(m, eta, rho * RADIUS[m]) for m in ("usam", "sam", "ssam") for eta in args.etas for rho in args.rhos]
+    for _, eta, rho in plan:
+        check(eta, rho)
+    batch = digits(args.digits)
     return [train(*row, batch, args.time, args.checks) for row in tqdm(plan, desc="runs")]
+
+
+def check(eta: float, rho: float) -> None:
+    """Refuse what no run can be made with, before the first one.
+
+    Raises:
+        UsageError: the learning rate or the radius is out of range.
+    """
+    try:
+        edge_of_stability(eta, rho)
+    except ValueError as error:
+        raise cli.UsageError(f"--etas {eta:g} and a radius of {rho:g} cannot be run: {error}") from error
 
 
 def drawn(path: Path) -> list[Run]:
@@ -194,7 +210,7 @@ def drawn(path: Path) -> list[Run]:
     return [Run(**run) for run in json.loads(path.read_text())]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[Run]:
     """Train, write `runs.json`, `table.md` and `edge_of_stability.png`, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--etas", type=float, nargs="+", default=[0.1, 0.2, 0.4])
@@ -204,14 +220,15 @@ def main() -> None:
     parser.add_argument("--digits", type=int, default=300)
     parser.add_argument("--drawn_from", type=Path, help="a runs.json, instead of training")
     parser.add_argument("--output_dir", type=Path, default=Path("edge_of_stability"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     runs = drawn(args.drawn_from) if args.drawn_from else trained(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "runs.json").write_text(json.dumps([asdict(r) for r in runs]))
     (args.output_dir / "table.md").write_text(table(runs) + "\n")
     figure(runs, sorted({r.eta for r in runs}), args.output_dir / "edge_of_stability.png")
     print(table(runs))
+    return runs
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
