@@ -37,7 +37,8 @@ def renormalize(max_scale: float = math.inf) -> Rule:
 def orthogonal(v: Vector, to: Vector, at: At) -> Vector:
     """The part of `v` that is orthogonal to `to`, by global inner products; all of `v` where `to` is zero.
 
-    What rounding leaves of a parallel `v` is put to zero: its direction would be noise.
+    What rounding leaves of a parallel `v` is put to zero: its direction would be noise. In bfloat16 that is all below
+    an eighth of `‖v‖`, so LookSAM wants float32 weights.
     """
     norm = at.norm(to)
     rest = added(v, scaled(to, at.space.dot(v, to) / (norm.square() + EPS * EPS)), -1.0)

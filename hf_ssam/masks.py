@@ -233,4 +233,5 @@ def whole_gradients(space: Space, names: tuple[str, ...]) -> None:
 
 
 def _kept(space: Space, v: Vector, sparsity: float) -> int:
-    return int(space.numel(v) * (1 - sparsity))
+    """`⌊N (1 − s)⌋`, by way of nine digits: 10 · (1 − 0.9) is 0.9999999999999998 in floating point."""
+    return int(round(space.numel(v) * (1 - sparsity), 9))

@@ -102,6 +102,13 @@ class Memory:
                 f"state: it holds vectors for `{unknown[0]}` and {len(unknown) - 1} more that this model does not "
                 "train; resume with the model that the state was saved with, or start a new run."
             )
+        for name, t in (item for slot, v in state.items() if slot != PLAIN for item in v.items()):
+            if t.shape != space.params[name].shape:
+                raise ValueError(
+                    f"state: its vector for `{name}` has shape {tuple(t.shape)} and the parameter "
+                    f"{tuple(space.params[name].shape)}; resume with the model that the state was saved with, or "
+                    "start a new run."
+                )
         self.slots = {
             slot: {n: t.to(space.device) if slot == PLAIN else space.localized(n, t) for n, t in v.items()}
             for slot, v in state.items()

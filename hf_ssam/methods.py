@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
@@ -35,7 +36,7 @@ class Method:
         options: what `optim_args` takes.
         passes: cost of one perturbed step, in forward-backward passes over the batch, as text.
         optimizer: the base optimizer that belongs to the method; None: whichever the user chooses.
-        values: the options' values, once chosen.
+        values: the options' values that were chosen; the defaults where none was.
     """
 
     name: str
@@ -50,29 +51,44 @@ class Method:
 
     def rules(self) -> Rules:
         """The composition, with SSAM's descent after the method's own where `renormalize` is set."""
-        own = {n: v for n, v in self.values.items() if n not in RENORMALIZE}
-        rules = self.build(**own)
-        if not self.values.get("renormalize"):
+        values = {n: o.default for n, o in self.options.items()} | dict(self.values)
+        rules = self.build(**{n: v for n, v in values.items() if n not in RENORMALIZE})
+        if not values.get("renormalize"):
             return rules
-        last = descent.renormalize(self.values["max_scale"])
+        last = descent.renormalize(values["max_scale"])
         return replace(rules, descent=chain(rules.descent, last), reuse=chain(rules.reuse, last))
 
 
 def _renormalize(default: bool) -> dict[str, Option]:
     return {
         "renormalize": Option(default, "hand on γ·d with γ = ‖g‖/‖d‖, SSAM's descent rule, after the method's own"),
-        "max_scale": Option(math.inf, "largest γ; 1 is the truncated form of the official SSAM code", 0.0, above=True),
+        "max_scale": Option(
+            math.inf,
+            "largest γ; 1 is the truncated form of the official SSAM code",
+            0.0,
+            above=True,
+            only_if=("renormalize", (True,)),
+        ),
     }
 
 
 RENORMALIZE = _renormalize(False)
 NORMALIZE = {"normalize": Option(True, "e = ρ g/‖g‖; false gives e = ρ g, the form of the SSAM paper")}
 ADAPTIVE = {"adaptive": Option(False, "the geometry of ASAM: T = |w| + η; ρ is then 0.5 unless you say otherwise")}
-ETA = {"eta": Option(0.01, "η in T = |w| + η (official ASAM code)", 0.0)}
+
+
+def _eta(only_if: tuple[str, tuple[Value, ...]] | None = None) -> dict[str, Option]:
+    return {"eta": Option(0.01, "η in T = |w| + η (official ASAM code)", 0.0, only_if=only_if)}
+
+
 WEIGHTS_ONLY = {"weights_only": Option(False, "T on parameters named `weight` only, as the official ASAM code has it")}
 
 
-SEED = {"seed": Option(0, "of the method's own random draws; the same on every rank", 0, 10_000_000)}
+def _seed(only_if: tuple[str, tuple[Value, ...]] | None = None) -> dict[str, Option]:
+    return {"seed": Option(0, "of the method's own random draws", 0, 10_000_000, only_if=only_if)}
+
+
+SEED = _seed()
 K = {"k": Option(5, "k: a second pass every k-th step (reported for the paper)", 1)}
 ALPHA = {
     "alpha": Option(
@@ -88,7 +104,7 @@ _TABLE = (
         recipes.sam,
         0.05,
         papers.SSAM,
-        {**NORMALIZE, **ADAPTIVE, **ETA, **_renormalize(True)},
+        {**NORMALIZE, **ADAPTIVE, **_eta(("adaptive", (True,))), **_renormalize(True)},
     ),
     Method("sam", "SAM: the gradient at w + ρ g/‖g‖.", recipes.sam, 0.05, papers.SAM, RENORMALIZE),
     Method("usam", "Unnormalised SAM: the gradient at w + ρ g.", recipes.usam, 0.05, papers.USAM, RENORMALIZE),
@@ -98,7 +114,7 @@ _TABLE = (
         recipes.asam,
         0.5,
         papers.ASAM,
-        {**ETA, **WEIGHTS_ONLY, **RENORMALIZE},
+        {**_eta(), **WEIGHTS_ONLY, **RENORMALIZE},
     ),
     Method(
         "friendly_sam",
@@ -146,12 +162,29 @@ _TABLE = (
             "mask": Option(
                 "fisher", "by Fisher information, or `dynamic`: drop and grow", choices=("fisher", "dynamic")
             ),
-            "sparsity": Option(0.5, "s: share that is not perturbed (README recipes; class default 0.2)", 0.0, 1.0),
+            "sparsity": Option(
+                0.5,
+                "s: share that is not perturbed (README recipes; class default 0.2)",
+                0.0,
+                1.0,
+                only_if=("structure", ("element", "tensor")),
+            ),
             "structure": Option("element", "`element`, `tensor`, or N:M such as 2:4, which sets the sparsity itself"),
             "update_freq": Option(100, "optimizer steps between refreshes of M; the paper counts epochs", 1),
-            "num_samples": Option(16, "samples of the step's batch that F is summed over (README recipe)", 1),
-            "drop_rate": Option(0.5, "share that a dynamic mask first exchanges (official code)", 0.0, 1.0),
-            **SEED,
+            "num_samples": Option(
+                16,
+                "samples of the step's batch that F is summed over (README recipe)",
+                1,
+                only_if=("mask", ("fisher",)),
+            ),
+            "drop_rate": Option(
+                0.5,
+                "share that a dynamic mask first exchanges (official code)",
+                0.0,
+                1.0,
+                only_if=("mask", ("dynamic",)),
+            ),
+            **_seed(("mask", ("dynamic",))),
             **RENORMALIZE,
         },
         passes="2, and num_samples/batch at each refresh",
@@ -270,6 +303,6 @@ def checked_rho(rho: float | None, method: Method) -> float:
     """
     if rho is None:
         return method.rho
-    if isinstance(rho, bool) or not isinstance(rho, int | float) or not math.isfinite(rho) or rho < 0:
+    if isinstance(rho, bool) or not isinstance(rho, Real) or not math.isfinite(rho) or rho < 0:
         raise ValueError(f"rho: {rho} is not allowed; choose a finite number from 0, such as {method.rho:g}.")
     return float(rho)

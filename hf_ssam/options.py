@@ -23,6 +23,7 @@ class Option:
         high: largest value allowed.
         above: whether `low` itself is excluded.
         choices: the values allowed, for a string.
+        only_if: another option, and the values of it without which this one has no effect; None: it always has.
     """
 
     default: Value
@@ -31,6 +32,7 @@ class Option:
     high: float = math.inf
     above: bool = False
     choices: tuple[str, ...] = ()
+    only_if: tuple[str, tuple[Value, ...]] | None = None
 
     def read(self, method: str, name: str, raw: Any) -> Value:
         """`raw` as this option's type.
@@ -92,14 +94,30 @@ def read_options(method: str, options: Mapping[str, Option], given: Mapping[str,
     """Every option of `options`, as given or by default.
 
     Raises:
-        ValueError: if `given` names an option that does not exist, or a value out of range.
+        ValueError: if `given` names an option that does not exist, a value out of range, or a value that has no
+            effect beside the others.
     """
     for name in given:
         if name not in options:
             raise ValueError(
                 f"optim_args: method `{method}` has no option `{name}`; its options are {', '.join(sorted(options))}."
             )
-    return {n: o.read(method, n, given[n]) if n in given else o.default for n, o in options.items()}
+    values = {n: o.read(method, n, given[n]) if n in given else o.default for n, o in options.items()}
+    for name in given:
+        _refuse_idle(method, name, options[name], values)
+    return values
+
+
+def _refuse_idle(method: str, name: str, option: Option, values: Mapping[str, Value]) -> None:
+    if option.only_if is None or values[name] == option.default:
+        return
+    other, needed = option.only_if
+    if values[other] not in needed:
+        ways = " or ".join(f"{other}={value}" for value in needed)
+        raise ValueError(
+            f"optim_args: {name}={values[name]} has no effect for method `{method}` with {other}={values[other]}; "
+            f"drop it, or choose {ways}."
+        )
 
 
 def parse_optim_args(text: str | Mapping[str, Any] | None) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def per_sample_losses(model: nn.Module, inputs: Mapping[str, Any], outputs: Any)
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
         raise ValueError(_refusal(model, "it gives no `logits`, or its batch has no `labels`"))
     logits, labels = logits.detach().float(), labels.to(logits.device)
-    if labels.is_floating_point():
+    if labels.is_floating_point() or (labels.dim() == 1 and logits.shape[1:] == (1,)):
         return _of_floats(model, logits, labels)
     if labels.dim() == 1 and logits.dim() == 2:
         return F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)

@@ -55,6 +55,8 @@ class Ranks:
         self._space = space
         replicas = None if self._ddp is None else self._ddp.process_group
         self._group = dist.group.WORLD if sharded else replicas
+        # Ranks that split layers between them (tensor parallelism) share their samples.
+        self._data_group = dist.group.WORLD if self._fsdp else replicas
 
     @property
     def world_size(self) -> int:
@@ -129,14 +131,14 @@ class Ranks:
 
     def place(self, position: int) -> int:
         """The number of this rank's micro-batch `position` among those of all ranks: no other of the step has it."""
-        if self._group is None:
+        if self._data_group is None:
             return position
-        return position * dist.get_world_size(self._group) + dist.get_rank(self._group)
+        return position * dist.get_world_size(self._data_group) + dist.get_rank(self._data_group)
 
     def summed(self, values: Tensor) -> Tensor:
         """`values` added up over the ranks, whose batches differ; as it is in one process."""
-        if self._group is not None:
-            dist.all_reduce(values, group=self._group)
+        if self._data_group is not None:
+            dist.all_reduce(values, group=self._data_group)
         return values
 
     def agreed(self, finite: Tensor) -> Tensor:

@@ -110,6 +110,21 @@ def refuse_static_shapes(trainer: Any, cuts: bool) -> None:
         )
 
 
+def refuse_shared_samples(trainer: Any, cuts: bool) -> None:
+    """Refuse methods that pick samples where ranks hold parts of the same ones.
+
+    Raises:
+        NotImplementedError: under tensor, context or sequence parallelism, if `cuts` holds.
+    """
+    config = trainer.accelerator.parallelism_config
+    if cuts and config is not None and (config.tp_enabled or config.cp_enabled or config.sp_enabled):
+        raise NotImplementedError(
+            f"optim={trainer.args.optim} runs on parts of a batch, which ranks of tensor, context and sequence "
+            "parallelism would have to cut alike; choose a method that uses whole batches, such as ssam, or data "
+            "parallelism."
+        )
+
+
 def refuse_empty(dataset: Any) -> None:
     """Refuse a training set with nothing in it.
 

@@ -43,13 +43,18 @@ class RandomState:
 class Buffers:
     """The buffers of a model, to be put back even where a module has replaced one by a new tensor.
 
-    Integer tensors of more than one element are left out: they are packed quantised weights, which no forward changes
-    and which may be most of the model; a BatchNorm's counter has one element.
+    Large integer tensors are left out: they are packed quantised weights, which no forward changes and which may be
+    most of the model. Counters (BatchNorm's, an expert layer's) are small.
     """
+
+    COUNTER = 2**16
+    """The most elements that an integer buffer may have and be put back."""
 
     def __init__(self, model: nn.Module):
         slots = [(m, n) for m in model.modules() for n, b in m._buffers.items() if b is not None]
-        self._slots = [(m, n) for m, n in slots if m._buffers[n].is_floating_point() or m._buffers[n].numel() == 1]
+        self._slots = [
+            (m, n) for m, n in slots if m._buffers[n].is_floating_point() or m._buffers[n].numel() <= self.COUNTER
+        ]
 
     def save(self) -> Any:
         """A copy of every buffer's value, for `restore`."""

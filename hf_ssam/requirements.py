@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
+from numbers import Integral
+
+from torch import nn
 
 from .recipes import Rules
 from .window import RunPass
@@ -37,6 +41,32 @@ def check_engine(
             f"dataset_size: method `{method}` keeps a score of each sample and needs their number; pass "
             "dataset_size=len(dataset)."
         )
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Refuse a number that cannot be one of samples or steps; None: not known.
+
+    Raises:
+        ValueError: if one is not an integer from 1.
+    """
+    for name, size in sizes.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, Integral) or size < 1):
+            raise ValueError(f"{name}: {size} is not allowed; choose an integer from 1, or leave it out.")
+
+
+def check_unfrozen(model: nn.Module, known: Iterable[nn.Parameter]) -> None:
+    """Refuse a parameter that trains and was frozen when the engine was built: both passes would add to its `.grad`.
+
+    Raises:
+        ValueError: naming it.
+    """
+    ids = {id(p) for p in known}
+    for name, p in model.named_parameters():
+        if p.requires_grad and id(p) not in ids:
+            raise ValueError(
+                f"model: `{name}` requires a gradient and did not when the engine was built; build a new TwoPass "
+                "after unfreezing (a Trainer does whenever training starts)."
+            )
 
 
 def check_takes_indices(run: RunPass, method: str) -> None:

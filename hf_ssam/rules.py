@@ -68,8 +68,9 @@ Rule = Callable[[Vector, At], Vector]
 def keeps_average(slot: str, new_weight: float) -> Callable[[Vector, At], tuple[Vector, Vector]]:
     """A moving average `m ← m + new_weight · (v − m)` in `slot`, from the first finite `v` on: exact where `v = m`.
 
-    A parameter whose first gradient comes later starts at that gradient. Returns `(v, at) -> (m before, m after)`;
-    before the first finite `v` the former is zero, and it lacks the names that are new.
+    A parameter whose first gradient comes later starts at that gradient (at zero, if that step is not finite). Returns
+    `(v, at) -> (m before, m after)`; before the first finite `v` the former is zero, and it lacks the names that are
+    new.
     """
 
     def update(v: Vector, at: At) -> tuple[Vector, Vector]:

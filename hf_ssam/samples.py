@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .memory import Memory
 from .per_sample import per_sample_losses
 from .recipes import Rules
+from .replay import Replay
 from .selection import Draw
 from .watch import PerSampleLoss, Sighting, Watch
 from .window import Seen, Window
@@ -33,6 +34,7 @@ class Samples:
         per_sample_loss: `(inputs by name, outputs) -> losses`, shape (B,); None: worked out from logits and labels.
         batch: what the pass at hand was given, where a host takes the labels out before the model sees them.
         dataset_size: number of samples in the data set, for methods that keep a score of each.
+        replay: the engine's.
     """
 
     def __init__(
@@ -43,11 +45,12 @@ class Samples:
         per_sample_loss: PerSampleLoss | None,
         batch: Batch,
         dataset_size: int | None,
+        replay: Replay,
     ):
         self.selection = rules.selection
         self._needs_ids, self._method, self._size = rules.needs_ids, method, dataset_size
         losses_of = per_sample_loss or partial(per_sample_losses, model)
-        watches = Watch(model, losses_of if self.selection else None, lambda: _labels(batch()))
+        watches = Watch(model, losses_of if self.selection else None, replay, lambda: _labels(batch()))
         self._watch = watches if rules.takes_indices else None
 
     def watching(self) -> contextlib.AbstractContextManager[Sighting | None]:
@@ -58,7 +61,7 @@ class Samples:
         """Choose the samples that both passes of a micro-batch run on.
 
         Raises:
-            ValueError: if the method must know which samples they are, and was not told.
+            ValueError: if the method must know which samples they are, and was not told, or not right.
         """
         if self.selection is None or self.selection.before is None:
             return
@@ -67,6 +70,7 @@ class Samples:
                 f"samples: method `{self._method}` needs the dataset index of each sample; pass samples=indices, "
                 "shape (B,), with each batch."
             )
+        self._check_ids(seen.ids)
         seen.ids = seen.ids.to(device)
         seen.index = self.selection.before(Draw(seen.ids, memory, step, position))
         seen.first = len(seen.index) / len(seen.ids)
@@ -75,7 +79,6 @@ class Samples:
         """The samples of the second pass, which may take a look at the losses where the weights are now."""
         if self.selection is None or self.selection.between is None:
             return seen.index
-        seen.rewind()
         seen.looks = 1.0
         return self.selection.between(seen.sight.losses, self._watch.again(seen.sight))
 
@@ -91,6 +94,14 @@ class Samples:
             ids = torch.cat([s.ids[s.index] for s in window.passes])
             rises = torch.cat([s.rises for s in window.passes])
             self.selection.learn(ids, rises, summed, memory, self._size)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        """Indices on the host are checked; those on a device are not, which would wait for it (law 7)."""
+        if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._size:
+            raise ValueError(
+                f"samples: indices from {int(ids.min())} to {int(ids.max())} are not all of a data set of "
+                f"{self._size}; pass each sample's index in the data set, and its size as dataset_size."
+            )
 
     def check(self, memory: Memory) -> None:
         """Refuse scores of another data set.

@@ -52,8 +52,11 @@ class Selection:
 
 
 def kept(share: float, size: int) -> int:
-    """How many of `size` samples a share keeps: at least one."""
-    return max(1, math.ceil(share * size))
+    """`⌈share · size⌉`, how many samples a share keeps: at least one.
+
+    Rounded to nine digits before: 0.07 · 100 is 7.000000000000001 in floating point, which is not eight samples.
+    """
+    return max(1, math.ceil(round(share * size, 9)))
 
 
 def sharpest(gamma: float) -> Callable[[Tensor, Tensor], Tensor]:

@@ -85,7 +85,7 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
         self._window_flos += float(self.floating_point_ops(inputs))
         whole = MicroBatch(self, super().training_step, model, inputs, num_items_in_batch, last)
         if not self.two_pass.is_open:
-            self.two_pass.rho = self._rho_now()
+            self.two_pass.rho, self.two_pass.elapsed = self._rho_now(), self.state.global_step
             self.two_pass.begin(self._loss_scale())
         loss = 0.0
         for run in [whole] if self.args.num_micro_batches == 1 else whole.split(self.args.num_micro_batches):
@@ -140,6 +140,7 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
         rules = method.rules()
         refusals.refuse_static_graph(model, varies or rules.period != 1 or rules.takes_indices)
         refusals.refuse_static_shapes(self, rules.takes_indices)
+        refusals.refuse_shared_samples(self, rules.takes_indices)
         self.two_pass = TwoPass(
             model,
             method,

@@ -29,7 +29,7 @@ from .ranks import Ranks
 from .recipes import Rules
 from .replay import Replay
 from .report import StepReport, all_finite, merged
-from .requirements import check_engine, check_takes_indices
+from .requirements import check_engine, check_sizes, check_takes_indices, check_unfrozen
 from .rules import At
 from .samples import Samples
 from .tensors import Snapshot, Space, Vector, move, scaled
@@ -87,25 +87,31 @@ class TwoPass:
         total_steps: int | None = None,
         **options: Any,
     ):
+        if isinstance(method, Method) and options:
+            raise ValueError(
+                f"{next(iter(options))}: a Method has its options chosen; pass them to get_method, or pass its name."
+            )
         self.method = method if isinstance(method, Method) else get_method(method, **options)
         self.rho = rho
+        self._model = unwrapped(model)
         named = trainable(model) if parameters is None else parameters
         self.space = Space(named, transposed_names(model))
         self.perturbed = perturbed_names(model, perturb, self.space.params)
         self.ranks = Ranks(model, scope, self.space)
         self._rules: Rules = self.method.rules()
+        check_sizes(dataset_size=dataset_size, total_steps=total_steps)
         check_engine(self._rules, self.method.name, scope, self.ranks.world_size, replay_rng, dataset_size)
         for check in self._rules.checks:
             check(self.space, self.perturbed)
+        self._replay = Replay(self._model, replay_rng)
         self._samples = Samples(
-            self._rules, self.method.name, unwrapped(model), per_sample_loss, lambda: self.batch, dataset_size
+            self._rules, self.method.name, self._model, per_sample_loss, lambda: self.batch, dataset_size, self._replay
         )
         self.total_steps = total_steps
         self.offload_snapshot = offload_snapshot
         self.steps = self.elapsed = 0
         self.batch: Mapping[str, Any] = {}
         self._memory = Memory()
-        self._replay = Replay(unwrapped(model), replay_rng)
         self._window: Window | None = None
         self._reports: list[StepReport] = []
         self._at_work = False
@@ -161,7 +167,16 @@ class TwoPass:
         return self._window is not None
 
     def begin(self, loss_scale: float | Tensor | None = None) -> None:
-        """Open a step. `.grad` is None, or zero, on entry."""
+        """Open a step. `.grad` is None, or zero, on entry.
+
+        A step that was begun before and never finished is forgotten.
+
+        Raises:
+            ValueError: if a parameter has been unfrozen since the engine was built.
+        """
+        check_unfrozen(self._model, self.space.params.values())
+        if self.is_open:
+            self._abandon()
         self._reports = []
         self._at_work = False
         self._memory.begin()
@@ -179,7 +194,11 @@ class TwoPass:
 
         Returns:
             The loss, detached.
+
+        Raises:
+            RuntimeError: if no step has begun.
         """
+        self._check_open("first_pass")
         with self._abandoned_on_error():
             if self.ranks.scope != "micro_batch":
                 return self._first(self._window, run, share, samples)
@@ -191,7 +210,14 @@ class TwoPass:
             return loss
 
     def finish(self) -> StepReport:
-        """Run what is left of the step and leave `d` in `.grad`, the same on every rank."""
+        """Run what is left of the step and leave `d` in `.grad`, the same on every rank.
+
+        Raises:
+            RuntimeError: if no step has begun, or none of its first passes has run.
+        """
+        self._check_open("finish")
+        if not self._reports and not self._window.passes:
+            raise RuntimeError("finish: the step has no first pass yet; call first_pass for each micro-batch before.")
         with self._abandoned_on_error():
             reports = self._reports or [self._close(self._window)]
             self.ranks.average()
@@ -226,7 +252,7 @@ class TwoPass:
         memory = Memory()
         memory.take_up(state["memory"], self.space)
         self._samples.check(memory)
-        self._memory, self.steps, self.elapsed = memory, state["steps"], state["elapsed"]
+        self._memory, self.steps, self.elapsed = memory, state["steps"], state.get("elapsed", state["steps"])
 
     def _new_window(self, loss_scale: float | Tensor | None) -> Window:
         return Window(self._replay.saw_buffers(), self.ranks.buffers_due, loss_scale, anticipated=self._anticipated())
@@ -368,8 +394,15 @@ class TwoPass:
         try:
             yield
         except BaseException:
-            self._window, self._reports = None, []
-            self._memory.drop()
+            self._abandon()
             self.ranks.abandon()
             self.space.clear_grads()
             raise
+
+    def _abandon(self) -> None:
+        self._window, self._reports = None, []
+        self._memory.drop()
+
+    def _check_open(self, phase: str) -> None:
+        if self._window is None:
+            raise RuntimeError(f"{phase}: no step has begun; call begin first, or step, which does it all.")

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+
+from .replay import RandomState, Replay
 
 PerSampleLoss = Callable[[Mapping[str, Any], Any], Tensor]
 """`(inputs by name, outputs) -> losses`, shape (B,)."""
@@ -31,6 +34,7 @@ class Sighting:
         beside: what the losses need beside them.
         device: device type, for autocast.
         autocast: dtype that the call was cast to; None where autocast was off.
+        rng: the generators as the call found them, where losses are asked for and generators are replayed.
     """
 
     size: int = 0
@@ -40,6 +44,7 @@ class Sighting:
     beside: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     autocast: torch.dtype | None = None
+    rng: RandomState | None = None
 
 
 class Watch:
@@ -48,6 +53,7 @@ class Watch:
     Args:
         model: the model, unwrapped.
         losses_of: its per-sample losses; None: only sizes are seen.
+        replay: what reads the generators, and keeps buffers through a second look.
         beside: what the losses need beside the model's inputs: labels that a host took out.
     """
 
@@ -55,9 +61,12 @@ class Watch:
         self,
         model: nn.Module,
         losses_of: PerSampleLoss | None,
+        replay: Replay,
         beside: Callable[[], Mapping[str, Any]] = dict,
     ):
-        self._model, self._losses_of, self._beside = model, losses_of, beside
+        self._model, self._losses_of, self._replay, self._beside = model, losses_of, replay, beside
+        inner = model._orig_mod if isinstance(model, OptimizedModule) else model
+        self._names = tuple(inspect.signature(inner.forward).parameters)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Sighting]:
@@ -67,13 +76,15 @@ class Watch:
             ValueError: if losses are asked for and the pass did not call the model exactly once.
         """
         seen = Sighting()
-        hook = self._model.register_forward_hook(
+        before = self._model.register_forward_pre_hook(lambda *_: self._sees(seen))
+        after = self._model.register_forward_hook(
             lambda m, args, kwargs, out: self._saw(seen, args, kwargs, out), with_kwargs=True
         )
         try:
             yield seen
         finally:
-            hook.remove()
+            before.remove()
+            after.remove()
         if self._losses_of is not None and seen.calls != 1:
             raise ValueError(
                 f"per_sample_loss: a pass called {type(self._model).__name__} {seen.calls} times, so the losses of "
@@ -81,15 +92,29 @@ class Watch:
             )
 
     def again(self, seen: Sighting) -> Tensor:
-        """The losses of the call in `seen`, where the weights are now: one forward without gradient."""
+        """The losses of the call in `seen`, where the weights are now: one forward without gradient.
+
+        Under the random draws of that call alone: the pass around it may have drawn before. It leaves no trace.
+        """
         cast = torch.autocast(seen.device, seen.autocast or torch.bfloat16, enabled=seen.autocast is not None)
-        with torch.no_grad(), cast:
+        with self._replay.rewound(self._replay.saw_buffers()), torch.no_grad(), cast:
+            if seen.rng is not None:
+                seen.rng.restore()
             return self._losses_of({**seen.beside, **seen.inputs}, self._model(**seen.inputs)).detach()
+
+    def _sees(self, seen: Sighting) -> None:
+        if self._losses_of is not None:
+            seen.rng = self._replay.saw_rng()
 
     def _saw(self, seen: Sighting, args: tuple, kwargs: dict[str, Any], outputs: Any) -> None:
         seen.calls += 1
-        seen.inputs = {**dict(zip(inspect.signature(self._model.forward).parameters, args, strict=False)), **kwargs}
-        first = next(t for t in seen.inputs.values() if isinstance(t, Tensor))
+        seen.inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        first = next((t for t in seen.inputs.values() if isinstance(t, Tensor)), None)
+        if first is None:
+            raise ValueError(
+                f"run_pass: {type(self._model).__name__} was called with no tensor of samples, so they cannot be told "
+                "apart; pass it one by itself, or choose a method that uses whole batches."
+            )
         seen.size, seen.device = len(first), first.device.type
         if torch.is_autocast_enabled(seen.device):
             seen.autocast = torch.get_autocast_dtype(seen.device)

@@ -82,10 +82,10 @@ class Window:
 def squared_gradients(window: Window, space: Space, ranks: Ranks, replay: Replay) -> Callable[[Vector, int], Vector]:
     """`(v, samples) -> Σ (∂ℓ_i)²` by one backward pass a sample, with its true label, at the weights as they are.
 
-    As many samples as asked for, of all ranks together, or what the step has. Nobody sees these passes: generators,
-    buffers and `.grad` are as before. BatchNorm normalises by its running statistics, since one sample has no others
-    (the official code lets each sample be its own batch, and move them). Only the proportions of the result mean
-    something: losses carry their scale and share.
+    As many samples as asked for, of all ranks together (rounded up to as many on each), or what the step has. Nobody
+    sees these passes: generators, buffers and `.grad` are as before. BatchNorm normalises by its running statistics,
+    since one sample has no others (the official code lets each sample be its own batch, and move them). Only the
+    proportions of the result mean something: losses carry their scale and share.
     """
 
     def fisher(v: Vector, samples: int) -> Vector:

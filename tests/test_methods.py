@@ -55,8 +55,6 @@ def test_a_method_reduces_to_the_simpler_one_bit_for_bit(method, options, target
 
 @pytest.mark.parametrize("case", (*CASES, *ONE_PASS_CASES), ids=lambda case: case.id)
 def test_without_a_radius_a_method_is_one_plain_pass_and_keeps_nothing(case: Case):
-    if case.method == "adasam":
-        assert METHODS["adasam"].optimizer is not None
     model, batches = regression()
     engine = TwoPass(model, case.method, 0.0, **case.options)
     reports = sgd_with_engine(model, engine, batches, lr=0.1)
@@ -179,6 +177,52 @@ def test_one_pass_weights_come_back_when_the_pass_fails():
 def test_an_option_out_of_range_is_refused(method, options, message):
     with pytest.raises(ValueError, match=message):
         get_method(method, **options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_of_the_table_is_the_method_with_its_defaults(name):
+    gradients = []
+    for method in (name, METHODS[name], get_method(name)):
+        model, batches = regression()
+        batch = batches[0]
+
+        def run(indices=slice(None), model=model, batch=batch):
+            loss = loss_of(model, (batch[0][indices], batch[1][indices]))
+            loss.backward()
+            return loss
+
+        losses = {"per_sample_loss": lambda inputs, outputs: outputs.square().mean(1)}
+        engine = TwoPass(model, method, 0.1, dataset_size=6, **losses)
+        engine.step(run, samples=torch.arange(6))
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    assert_identical(gradients[0], gradients[1])
+    assert_identical(gradients[0], gradients[2])
+
+
+def test_options_beside_a_chosen_method_are_refused():
+    with pytest.raises(ValueError, match="k: a Method has its options chosen; pass them to get_method"):
+        TwoPass(regression()[0], get_method("looksam"), k=1)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (
+            "sam",
+            {"max_scale": 0.5},
+            "max_scale=0.5 has no effect .*; drop it, or choose renormalize=True",
+        ),
+        ("ssam", {"eta": 3}, "eta=3.0 has no effect .* choose adaptive=True"),
+        ("sparse_sam", {"structure": "2:4", "sparsity": 0.9}, "choose structure=element or structure=tensor"),
+        ("sparse_sam", {"mask": "dynamic", "num_samples": 7}, "num_samples=7 has no effect .* choose mask=fisher"),
+        ("sparse_sam", {"drop_rate": 0.9}, "drop_rate=0.9 has no effect .* choose mask=dynamic"),
+    ],
+)
+def test_an_option_without_effect_is_refused(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        get_method(method, **options)
+    defaults = {n: METHODS[method].options[n].default for n in options}
+    assert get_method(method, **defaults).values == get_method(method).values
 
 
 def test_the_trainer_refuses_an_optimizer_under_adasam():

@@ -229,3 +229,29 @@ def test_an_exception_in_the_second_pass_leaves_buffers_and_generators(scope: st
     start.restore()
     model(x)
     assert generators() == left
+
+
+class Counting(torch.nn.Module):
+    """Counts what went to each of three experts, in an integer buffer, as mixtures of experts do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 3)
+        self.register_buffer("counts", torch.zeros(3, dtype=torch.long))
+
+    def forward(self, x):
+        out = self.layer(x)
+        self.counts += torch.bincount(out.argmax(1), minlength=3)
+        return out
+
+
+def test_integer_counters_of_several_entries_count_once():
+    model, x = Counting(), torch.randn(5, 3)
+
+    def run():
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    TwoPass(model, "sam", 0.1).step(run)
+    assert model.counts.sum() == 5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import dropwhile
 
 import pytest
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_ssam import SSAMTrainer, TwoPass
 from hf_ssam.memory import Memory
+from hf_ssam.per_sample import per_sample_losses
 from hf_ssam.selection import Draw, Selection, average_rise, by_rise, sharpest
 from tests.cases import (
     Case,
@@ -117,12 +117,15 @@ def test_esam_descends_on_the_samples_whose_loss_rises_most():
         torch.testing.assert_close(p.grad, t, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("gamma", "size"), [(0.5, 2), (0.01, 8), (0.5, 7), (0.99, 8)])
-def test_exactly_as_many_are_kept_also_on_ties(gamma, size):
+@pytest.mark.parametrize(
+    ("gamma", "size", "count"),
+    [(0.5, 2, 1), (0.01, 8, 1), (0.5, 7, 4), (0.99, 8, 8), (0.07, 100, 7), (0.55, 100, 55), (0.28, 25, 7)],
+)
+def test_exactly_as_many_are_kept_also_on_ties(gamma, size, count):
     at_w = torch.zeros(size)
-    assert len(sharpest(gamma)(at_w, at_w)) == max(1, math.ceil(gamma * size))
+    assert len(sharpest(gamma)(at_w, at_w)) == count
     rises = torch.arange(size).float()
-    assert sharpest(gamma)(at_w, rises).tolist() == list(range(size))[-max(1, math.ceil(gamma * size)) :]
+    assert sharpest(gamma)(at_w, rises).tolist() == list(range(size))[-count:]
 
 
 def test_losses_are_compared_under_the_same_dropout():
@@ -135,6 +138,39 @@ def test_losses_are_compared_under_the_same_dropout():
     assert all(r.abs().max() == 0 for r in risen)
     with pytest.raises(ValueError, match="replay_rng: method `esam` compares losses of two passes"):
         TwoPass(model, "esam", replay_rng=False)
+
+
+@pytest.mark.parametrize("noise", ["model", "pass"])
+def test_a_look_draws_what_the_call_drew_and_leaves_no_trace(noise):
+    """Also where the pass draws before it calls the model, as mixup does; and buffers stay as the look found them."""
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 16)), Classifier(0.5))
+    model[1].net[0] = nn.Linear(16, 16)
+    model, (x, y), risen = _Labelled(model.double()), data()[0], []
+    engine = TwoPass(model, "esam", 1e-30, beta=1.0)
+    engine._samples.selection = Selection(between=lambda a, b: (risen.append(b - a), torch.arange(4))[1])
+    seen = []
+
+    def run(indices=slice(None)):
+        seen.append({n: b.clone() for n, b in model.named_buffers()})
+        shifted = x + torch.randn_like(x) if noise == "pass" else x
+        loss = model(shifted[indices], labels=y[indices])["loss"]
+        loss.backward()
+        return loss
+
+    engine.step(run)
+    assert risen[0].abs().max() == 0
+    assert_identical(seen[0], seen[1])
+
+
+class _Labelled(nn.Module):
+    """A classifier behind another layer."""
+
+    def __init__(self, net: nn.Sequential):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return self.net[1](self.net[0](x), labels)
 
 
 def drawn(mean: Tensor, count: Tensor, step: int, alpha: float = 0.5) -> Tensor:
@@ -201,6 +237,31 @@ def test_scores_of_another_data_set_are_refused():
     with pytest.raises(ValueError, match="dataset_size: the state holds scores of 80 samples and the data set has 79"):
         other.load_state_dict(engine.state_dict())
     assert other.steps == 0 and other.state_dict()["memory"] == {}
+
+
+@pytest.mark.parametrize("ids", [torch.arange(8) + 1, torch.arange(8) - 1])
+def test_indices_beyond_the_data_set_are_refused(ids):
+    model = Classifier()
+    with pytest.raises(ValueError, match="samples: indices from .* are not all of a data set of 8"):
+        TwoPass(model, "ausam", dataset_size=8).step(backward_of(model, data()[0]), samples=ids)
+
+
+def test_one_output_with_integer_labels_is_a_regression():
+    model = nn.Module()
+    losses = per_sample_losses(model, {"labels": torch.tensor([2, 0])}, {"logits": torch.tensor([[0.5], [1.0]])})
+    torch.testing.assert_close(losses, torch.tensor([2.25, 1.0]))
+
+
+def test_a_compiled_model_called_by_position_is_seen():
+    model = torch.compile(Classifier(), backend="eager", dynamic=True)
+    x, y = data()[0]
+
+    def run(indices=slice(None)):
+        loss = model(x[indices], y[indices])["loss"]
+        loss.backward()
+        return loss
+
+    assert TwoPass(model, "esam", 0.1).step(run).passes == 1.5
 
 
 def test_what_selection_needs_is_asked_for():
@@ -274,7 +335,9 @@ def test_with_all_samples_kept_the_trainer_runs_sam_bit_for_bit(case):
 
 
 @pytest.mark.parametrize(
-    "case", (*SELECTS, Case("sparse_sam"), Case("sparse_sam", {"mask": "dynamic"})), ids=lambda c: c.id
+    "case",
+    (*SELECTS, Case("sparse_sam"), Case("sparse_sam", {"mask": "dynamic", "update_freq": 1})),
+    ids=lambda c: c.id,
 )
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_resumes_bit_for_bit(case, workers, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -371,3 +372,56 @@ def test_a_chain_of_no_rules_hands_on_the_same_object():
 def test_sparse_gradients_are_refused():
     with pytest.raises(ValueError, match="`0` has sparse gradients.* sparse=False"):
         TwoPass(nn.Sequential(nn.Embedding(4, 2, sparse=True)))
+
+
+def test_what_was_unfrozen_after_the_engine_was_built_is_refused():
+    model, batches = regression()
+    model[0].requires_grad_(False)
+    engine = TwoPass(model, "sam", 0.1)
+    model[0].requires_grad_(True)
+    with pytest.raises(ValueError, match="model: `0.weight` requires a gradient and did not when"):
+        engine.step(backward_of(model, batches[0]))
+    TwoPass(model, "sam", 0.1).step(backward_of(model, batches[0]))
+
+
+@pytest.mark.parametrize("name", ["dataset_size", "total_steps"])
+@pytest.mark.parametrize("value", [0, -3, 2.5, True])
+def test_a_size_that_is_none_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}: {value} is not allowed; choose an integer from 1"):
+        TwoPass(regression()[0], **{name: value})
+
+
+def test_phases_out_of_order_say_so():
+    model, batches = regression()
+    engine = TwoPass(model, "sam", 0.1)
+    for phase in (engine.finish, lambda: engine.first_pass(backward_of(model, batches[0]))):
+        with pytest.raises(RuntimeError, match="no step has begun; call begin first"):
+            phase()
+    engine.begin()
+    with pytest.raises(RuntimeError, match="finish: the step has no first pass yet"):
+        engine.finish()
+
+
+def test_a_step_that_was_given_up_is_forgotten():
+    model, batches = regression()
+    engine = TwoPass(model, "friendly_sam", 0.1, scope="micro_batch")
+    engine.begin()
+    engine.first_pass(backward_of(model, batches[0]))
+    assert engine.state_dict()["memory"]
+    model.zero_grad()
+    engine.begin()
+    assert engine.state_dict()["memory"] == {}
+
+
+def test_a_radius_may_be_any_real_number():
+    assert TwoPass(regression()[0], rho=np.float32(0.5)).rho == 0.5
+
+
+def test_a_vector_of_another_shape_is_refused():
+    model, batches = regression()
+    engine = TwoPass(model, "friendly_sam", 0.1)
+    engine.step(backward_of(model, batches[0]))
+    state = engine.state_dict()
+    state["memory"]["average"] = {n: t.flatten()[:1] for n, t in state["memory"]["average"].items()}
+    with pytest.raises(ValueError, match="state: its vector for `0.weight` has shape .1,. and the parameter"):
+        TwoPass(regression()[0], "friendly_sam", 0.1).load_state_dict(state)
