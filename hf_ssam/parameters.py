@@ -44,6 +44,15 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return named
 
 
+def names_that_train(model: nn.Module) -> frozenset[str]:
+    """Every stable name of a parameter with `requires_grad`, tied ones under each of theirs.
+
+    Names and not objects: FSDP2 puts other ones in place of what it gathers, and unties them.
+    """
+    named = unwrapped(model).named_parameters(remove_duplicate=False)
+    return frozenset(stable_name(name) for name, p in named if p.requires_grad)
+
+
 def transposed_names(model: nn.Module) -> set[str]:
     """Weights whose first dimension is the layer's inputs: GPT-2's `Conv1D` and transposed convolutions."""
     layers = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, Conv1D)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Set
 from numbers import Integral
 
 from torch import nn
 
+from .parameters import names_that_train
 from .recipes import Rules
 from .window import RunPass
 
@@ -54,19 +55,21 @@ def check_sizes(**sizes: int | None) -> None:
             raise ValueError(f"{name}: {size} is not allowed; choose an integer from 1, or leave it out.")
 
 
-def check_unfrozen(model: nn.Module, known: Iterable[nn.Parameter]) -> None:
+def check_unfrozen(model: nn.Module, known: Set[str]) -> None:
     """Refuse a parameter that trains and was frozen when the engine was built: both passes would add to its `.grad`.
+
+    Args:
+        model: the model, unwrapped.
+        known: `parameters.names_that_train` when the engine was built.
 
     Raises:
         ValueError: naming it.
     """
-    ids = {id(p) for p in known}
-    for name, p in model.named_parameters():
-        if p.requires_grad and id(p) not in ids:
-            raise ValueError(
-                f"model: `{name}` requires a gradient and did not when the engine was built; build a new TwoPass "
-                "after unfreezing (a Trainer does whenever training starts)."
-            )
+    for name in sorted(names_that_train(model) - known):
+        raise ValueError(
+            f"model: `{name}` requires a gradient and did not when the engine was built; build a new TwoPass after "
+            "unfreezing (a Trainer does whenever training starts)."
+        )
 
 
 def check_takes_indices(run: RunPass, method: str) -> None:

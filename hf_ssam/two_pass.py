@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .memory import Memory
 from .methods import Method, checked_rho, get_method
-from .parameters import perturbed_names, trainable, transposed_names, unwrapped
+from .parameters import names_that_train, perturbed_names, trainable, transposed_names, unwrapped
 from .precision import is_low_precision, survival, warn_if_lost
 from .ranks import Ranks
 from .recipes import Rules
@@ -93,7 +93,7 @@ class TwoPass:
             )
         self.method = method if isinstance(method, Method) else get_method(method, **options)
         self.rho = rho
-        self._model = unwrapped(model)
+        self._model, self._trained = unwrapped(model), names_that_train(model)
         named = trainable(model) if parameters is None else parameters
         self.space = Space(named, transposed_names(model))
         self.perturbed = perturbed_names(model, perturb, self.space.params)
@@ -174,7 +174,7 @@ class TwoPass:
         Raises:
             ValueError: if a parameter has been unfrozen since the engine was built.
         """
-        check_unfrozen(self._model, self.space.params.values())
+        check_unfrozen(self._model, self._trained)
         if self.is_open:
             self._abandon()
         self._reports = []

@@ -183,9 +183,10 @@ def test_vectors_round_trip(tmp_path: Path):
         "m": {n: torch.randn_like(p) for n, p in params.items()},
         "v": {"classifier.bias": torch.randn(3).double()},
     }
-    save_state(tmp_path, SETTINGS, {"memory": memory, "steps": 7}, True, 11.5)
+    save_state(tmp_path, SETTINGS, {"memory": memory, "steps": 7, "elapsed": 9}, True, 11.5)
     state = load_state(tmp_path, params)
-    assert (state["steps"], state["total_passes"], SETTINGS.differences(state)) == (7, 11.5, [])
+    assert (state["steps"], state["elapsed"], state["total_passes"]) == (7, 9, 11.5)
+    assert SETTINGS.differences(state) == []
     for slot, vector in memory.items():
         assert_identical(state["memory"][slot], vector)
 
@@ -193,7 +194,7 @@ def test_vectors_round_trip(tmp_path: Path):
 def test_vectors_of_other_parameters_are_refused(tmp_path: Path):
     model = bert()
     params = dict(model.named_parameters())
-    save_state(tmp_path, SETTINGS, {"memory": {"m": dict(params)}, "steps": 1}, True, 2.0)
+    save_state(tmp_path, SETTINGS, {"memory": {"m": dict(params)}, "steps": 1, "elapsed": 1}, True, 2.0)
     del params["classifier.bias"]
     with pytest.raises(ValueError, match="`classifier.bias`, which this model does not train; resume with the model"):
         load_state(tmp_path, params)
@@ -246,13 +247,13 @@ def test_half_a_checkpoint_is_told_from_a_whole_one(tmp_path: Path, damage: str)
 
 
 def test_the_state_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch):
-    save_state(tmp_path, SETTINGS, {"memory": {}, "steps": 1}, True, 2.0)
+    save_state(tmp_path, SETTINGS, {"memory": {}, "steps": 1, "elapsed": 1}, True, 2.0)
 
     def dies(*args):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", dies)
     with pytest.raises(OSError, match="disk full"):
-        save_state(tmp_path, SETTINGS, {"memory": {}, "steps": 2}, True, 4.0)
+        save_state(tmp_path, SETTINGS, {"memory": {}, "steps": 2, "elapsed": 2}, True, 4.0)
     assert json.loads((tmp_path / STATE_FILE).read_text())["steps"] == 1
     assert not (tmp_path / STATE_FOLDER).exists()

@@ -379,7 +379,7 @@ def test_what_was_unfrozen_after_the_engine_was_built_is_refused():
     model[0].requires_grad_(False)
     engine = TwoPass(model, "sam", 0.1)
     model[0].requires_grad_(True)
-    with pytest.raises(ValueError, match="model: `0.weight` requires a gradient and did not when"):
+    with pytest.raises(ValueError, match="model: `0.bias` requires a gradient and did not when"):
         engine.step(backward_of(model, batches[0]))
     TwoPass(model, "sam", 0.1).step(backward_of(model, batches[0]))
 
