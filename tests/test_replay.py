@@ -198,7 +198,7 @@ def test_a_buffer_that_is_replaced_is_put_back_too():
 
 def test_packed_quantised_weights_are_not_copied():
     model = nn.Linear(2, 2)
-    model.register_buffer("packed", torch.zeros(100, dtype=torch.uint8))
+    model.register_buffer("packed", torch.zeros(2**16 + 1, dtype=torch.uint8))
     model.register_buffer("counter", torch.zeros((), dtype=torch.long))
     held, snapshot = Buffers(model).save()
     assert [t.numel() for t in held] == [1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import random
 import re
 from collections import UserDict
@@ -694,9 +693,8 @@ class TestLandscape:
                 torch.testing.assert_close(direction[name].flatten(1).norm(dim=1), p.detach().flatten(1).norm(dim=1))
 
 
-def _measure_on_a_rank(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def _measure_on_a_rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     model, batch = small_bert(), bert_batch()
     mine = {k: v[:2] if rank == 0 else v[2:] for k, v in batch.items()}
     wrapped = nn.parallel.DistributedDataParallel(model)
@@ -713,7 +711,7 @@ def _measure_on_a_rank(rank: int, port: int, folder: str) -> None:
 
 @pytest.mark.distributed
 def test_ranks_with_different_batches_measure_the_whole(tmp_path):
-    torch.multiprocessing.spawn(_measure_on_a_rank, (random.randint(20000, 40000), str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_measure_on_a_rank, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     model, batch = small_bert(), bert_batch()
     expected = {
