@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hf_ssam import TwoPass
 from hf_ssam.checkpoints import Settings, load_state, save_state
@@ -45,6 +47,9 @@ def wrapped(model: nn.Module, kind: str) -> nn.Module:
     if kind == "fsdp":
         fully_shard(model.net[0])
         return fully_shard(model)
+    if kind == "tensor":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        return parallelize_module(model, mesh, {"net.0": ColwiseParallel(), "net.2": RowwiseParallel()})
     if kind == "alone":
         return model
     return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=kind == "views")
@@ -58,7 +63,11 @@ def trained(case: Case, kind: str, scope: str = "global") -> tuple[nn.Module, Tw
     torch.manual_seed(1)
     for step in range(8):
         x, y = torch.randn(16, 4).double(), torch.randint(0, 3, (16,))
-        mine = torch.arange(16) if kind == "alone" else torch.arange(8 * dist.get_rank(), 8 * dist.get_rank() + 8)
+        mine = (
+            torch.arange(16)
+            if kind in ("alone", "tensor")
+            else torch.arange(8 * dist.get_rank(), 8 * dist.get_rank() + 8)
+        )
 
         def run(indices=slice(None), x=x[mine], y=y[mine]):
             loss = call(x[indices], labels=y[indices])["loss"]
@@ -127,6 +136,7 @@ if __name__ == "__main__":
     out, folder = Path(sys.argv[1]), Path(sys.argv[2])
     every = (*CASES, *ONE_PASS_CASES, *MASKS, *SELECTING)
     found = {f"{kind}/{c.id}": measured(c, kind) for c in every for kind in ("ddp", "views", "fsdp")}
+    found |= {f"tensor/{c.id}": measured(c, "tensor") for c in (CASES[0], *SELECTING)}
     kept = (Case("friendly_sam"), Case("looksam", {"k": 2}), MASKS[0], Case("ausam"))
     found |= {f"reload/{c.id}": reloaded(c, folder / str(i)) for i, c in enumerate(kept)}
     found |= {f"rank/{c.id}": refusal(c, "rank") for c in (Case("friendly_sam"), Case("ausam"), Case("gsam"))}

@@ -44,6 +44,15 @@ def test_ranks_that_select_hold_the_same_weights_and_scores(found, case, kind):
     assert found[f"{kind}/{case.id}"]["equal"]
 
 
+@pytest.mark.parametrize("case", (CASES[0], *SELECTING), ids=lambda case: case.id)
+def test_ranks_that_split_layers_draw_the_same_samples(found, case):
+    """Tensor parallelism: the ranks hold one batch between them, and its samples are picked and counted once."""
+    cell = found[f"tensor/{case.id}"]
+    assert cell["equal"]
+    if case.method != "esam":  # each shard draws its own mask of coordinates
+        assert cell["gap"] < 1e-13
+
+
 @pytest.mark.parametrize("case", ["friendly_sam", "looksam-k=2", "sparse_sam-mask=dynamic-update_freq=2", "ausam"])
 def test_sharded_state_is_read_back_bit_for_bit(found, case):
     cell = found[f"reload/{case}"]
