@@ -50,8 +50,9 @@ class Samples:
         self.selection = rules.selection
         self._needs_ids, self._method, self._size = rules.needs_ids, method, dataset_size
         losses_of = per_sample_loss or partial(per_sample_losses, model)
-        watches = Watch(model, losses_of if self.selection else None, replay, lambda: _labels(batch()))
-        self._watch = watches if rules.takes_indices else None
+        self._watch = None
+        if rules.takes_indices:
+            self._watch = Watch(model, losses_of if self.selection else None, replay, lambda: _labels(batch()))
 
     def watching(self) -> contextlib.AbstractContextManager[Sighting | None]:
         """One pass, seen where the method needs to see it."""

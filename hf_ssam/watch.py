@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 
 from .replay import RandomState, Replay
 
@@ -65,8 +65,8 @@ class Watch:
         beside: Callable[[], Mapping[str, Any]] = dict,
     ):
         self._model, self._losses_of, self._replay, self._beside = model, losses_of, replay, beside
-        inner = model._orig_mod if isinstance(model, OptimizedModule) else model
-        self._names = tuple(inspect.signature(inner.forward).parameters)
+        plain = extract_model_from_parallel(model, keep_torch_compile=False)
+        self._names = tuple(inspect.signature(plain.forward).parameters)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Sighting]:

@@ -125,6 +125,15 @@ def test_a_stock_run_goes_on_with_ssam(caplog):
     assert "was saved without a sharpness-aware method; ssam starts afresh" in caplog.text
 
 
+def test_a_method_that_changes_over_the_run_counts_the_steps_of_a_stock_optimizer():
+    """Else a dynamic mask would decay from the start again: at its first step, half of the run is over."""
+    stock = {k: v for k, v in SAVED.items() if k != "base_optim"}
+    begun = ended(arguments(TrainingArguments, optim="adamw_torch", **stock), cls=Trainer)
+    case = Case("sparse_sam", {"mask": "dynamic"})
+    resumed = ended(case_arguments(case, **SAVED), f"{begun.args.output_dir}/checkpoint-2")
+    assert (resumed.two_pass.steps, resumed.two_pass.elapsed) == (2, 4)
+
+
 def test_an_ssam_run_goes_on_with_a_stock_optimizer():
     """Our Trainer with a stock name and the stock Trainer itself go on from our checkpoint as ssam at rho = 0 does."""
     checkpoint = Path(ended(case_arguments(Case("ssam"), **SAVED)).args.output_dir, "checkpoint-2")

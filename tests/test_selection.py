@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import dropwhile
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset
 from torch import Tensor, nn
 
-from hf_ssam import SSAMTrainer, TwoPass
+from hf_ssam import SSAMTrainer, TwoPass, refusals
 from hf_ssam.memory import Memory
 from hf_ssam.per_sample import per_sample_losses
+from hf_ssam.refusals import refuse_shared_samples
 from hf_ssam.selection import Draw, Selection, average_rise, by_rise, sharpest
 from tests.cases import (
     Case,
@@ -408,6 +412,23 @@ def test_an_iterable_dataset_is_refused_where_samples_are_scored():
     with pytest.raises(ValueError, match="optim: `ausam` keeps a score of each sample, and an iterable train_dataset"):
         trainer.train()
     trained(bert(), case_arguments(SELECTS[0], max_steps=1), Stream())
+
+
+@pytest.mark.parametrize(("kind", "shared"), [("tp_size", True), ("cp_size", True), ("dp_shard_size", False)])
+def test_ranks_that_share_samples_are_refused_where_samples_are_picked(kind, shared):
+    accelerator = SimpleNamespace(parallelism_config=ParallelismConfig(**{kind: 2}))
+    trainer = SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(optim="esam"))
+    refuse_shared_samples(trainer, cuts=False)
+    with pytest.raises(NotImplementedError, match="optim=esam .* choose a method") if shared else nullcontext():
+        refuse_shared_samples(trainer, cuts=True)
+
+
+@pytest.mark.parametrize(("case", "cuts"), [(SELECTS[0], True), (Case("ssam"), False)])
+def test_the_trainer_asks_before_the_first_batch(case, cuts, monkeypatch):
+    asked = []
+    monkeypatch.setattr(refusals, "refuse_shared_samples", lambda trainer, cuts: asked.append(cuts))
+    trained(bert(), case_arguments(case, max_steps=1), text_data())
+    assert asked == [cuts]
 
 
 def test_a_compiler_with_static_shapes_is_refused():

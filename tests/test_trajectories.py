@@ -22,11 +22,14 @@ def visits() -> list[tuple[torch.Tensor, tuple]]:
     return [(ids, (x[ids], y[ids])) for ids in chosen]
 
 
-def by_engine(method: str, every: int, options: dict) -> tuple[torch.Tensor, list]:
-    model, reports = Classifier(), []
-    engine = TwoPass(model, method, RHO, dataset_size=SAMPLES, total_steps=STEPS, **options)
+def by_engine(method: str, every: int, options: dict, restarts: bool = False) -> tuple[torch.Tensor, list]:
+    model, reports, given = Classifier(), [], {"dataset_size": SAMPLES, "total_steps": STEPS, **options}
+    engine = TwoPass(model, method, RHO, **given)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     for step, (ids, batch) in enumerate(visits()):
+        if restarts and step == STEPS // 2:
+            state, engine = engine.state_dict(), TwoPass(model, method, RHO, **given)
+            engine.load_state_dict(state)
         engine.rho = RHO if step % every == 0 else 0.0
         reports.append(engine.step(backward_of(model, batch), samples=ids))
         optimizer.step()
@@ -77,3 +80,10 @@ def test_the_references_differ_from_sam(method, options):
     """Otherwise the test above could not fail for what is particular to the method."""
     sam = by_engine("sam", 1, {})[0]
     assert (by_reference(method, 1, options) - sam).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("every", [1, 2], ids=["each", "every-second"])
+@pytest.mark.parametrize(("method", "options"), CELLS, ids=lambda v: str(v).replace(" ", ""))
+def test_a_restart_in_the_middle_changes_no_bit(method, options, every):
+    """Law 8: scores, masks and both counters, with masks refreshed after the restart."""
+    assert torch.equal(by_engine(method, every, options, restarts=True)[0], by_engine(method, every, options)[0])
