@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up all they need, in .venv, from Python 3.11 or later; a second run starts at once.
-# make test ARGS="tests/test_methods.py -k ssam"    runs a part of the suite
+# make test ARGS="tests/methods/test_methods.py -k ssam"    runs a part of the suite
 # make test JOBS=0                                  runs it in one process
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

@@ -9,7 +9,7 @@ Prints a table (top eigenvalues, trace with its standard error, rise of the loss
 and writes them with the figures to `--output_dir`. A model without a head gets a fresh one, which is said. With no
 data set it takes the offline TREC questions, or the offline digits for images.
 
-Memory is the highest resident size of the process during a measure, less its size when all models are loaded and
+MethodState is the highest resident size of the process during a measure, less its size when all models are loaded and
 each has evaluated its loss once: weights, libraries and their first use are not counted, vectors, activations and
 what the allocator keeps after they are freed are.
 """

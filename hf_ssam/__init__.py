@@ -1,10 +1,10 @@
 """Sharpness-aware minimisation, and above all Stable SAM (SSAM), for the Hugging Face Trainer."""
 
-from .methods import METHODS, Method, get_method
-from .report import StepReport
-from .trainer import SSAMSeq2SeqTrainer, SSAMTrainer, SSAMTrainerMixin
-from .training_args import SSAMArgumentsMixin, SSAMSeq2SeqTrainingArguments, SSAMTrainingArguments
-from .two_pass import TwoPass
+from .engine.report import StepReport
+from .engine.two_pass import TwoPass
+from .methods.table import METHODS, Method, get_method
+from .trainer.mixin import SSAMSeq2SeqTrainer, SSAMTrainer, SSAMTrainerMixin
+from .trainer.training_args import SSAMArgumentsMixin, SSAMSeq2SeqTrainingArguments, SSAMTrainingArguments
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .methods import METHODS, Method
+from .methods.table import METHODS, Method
 
 
 def row(method: Method) -> str:

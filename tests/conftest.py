@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cases import CASES, Case
+from tests.support.cases import CASES, Case
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.id)

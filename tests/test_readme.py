@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from hf_ssam import SSAMTrainingArguments
 from hf_ssam.__main__ import table
-from hf_ssam.callbacks import FIELDS, PREFIX
+from hf_ssam.trainer.step_log import FIELDS, PREFIX
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -5,7 +5,7 @@
 
 The model is never written to. `torch.func.functional_call` runs it on detached views of its weights (or on copies in
 the precision asked for), so `.grad`, `requires_grad` and the weights themselves stay out of it; training flags,
-buffers and generators are put back after every pass. Generators are rewound before every pass, so that dropout is
+buffers and generators are put back after every pass. Generators are replaying before every pass, so that dropout is
 one fixed mask a batch and a shuffling DataLoader one fixed order: a Hessian belongs to a function, and these make it
 one.
 """
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from ..replay import Replay
-from ..tensors import Vector
+from ..engine.replay import Replay
+from ..rules.tensors import Vector
 from .arithmetic import finite
 from .double_backward import refuse_once_differentiable
 from .measured import LossFunction, LossModule, model_loss, selected, without_autocast
@@ -90,7 +90,7 @@ class Objective:
         self.losses = self.gradients = self.products = 0
         self._function, self._items, self._batches = LossModule(self.model, loss), items, as_batches(batches)
         self._replay = Replay(self.model)
-        self._buffers, self._draws = self._replay.saw_buffers(), self._replay.saw_rng()
+        self._buffers, self._draws = self._replay.snapshot_buffers(), self._replay.snapshot_rng()
         self.total = self._count()
         self._bar = tqdm(desc="Hessian-vector products", unit="product", disable=not progress)
 
@@ -226,7 +226,7 @@ class Objective:
     def _same_function(self) -> Iterator[None]:
         """The same buffers, draws and mode for every pass; afterwards those that were there."""
         modes = [(m, m.training) for m in self.model.modules()]
-        with self._replay.rewound(self._buffers), without_autocast(self.model):
+        with self._replay.replaying(self._buffers), without_autocast(self.model):
             self._draws.restore()
             try:
                 self.model.train(self.train_mode)

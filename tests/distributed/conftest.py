@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_ssam.checkpoints import save_state
+from hf_ssam.trainer.checkpoints import save_state
 from tests.distributed.launching import Runs, started
 from tests.distributed.loops import SETTINGS, alone
 

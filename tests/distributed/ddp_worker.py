@@ -14,24 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from hf_ssam import SSAMTrainer, TwoPass, get_method
-from hf_ssam.methods import Method
-from hf_ssam.recipes import Rules
-from hf_ssam.rules import At
-from hf_ssam.tensors import Vector
-from tests.cases import (
-    CASES,
-    MAIN_CASES,
-    Case,
-    MendedTrainer,
-    bert,
-    case_arguments,
-    gpt2,
-    image_data,
-    lm_data,
-    resnet,
-    text_data,
-    trained,
-)
+from hf_ssam.methods.recipes import Rules
+from hf_ssam.methods.table import Method
+from hf_ssam.rules.context import StepContext
+from hf_ssam.rules.tensors import Vector
 from tests.distributed.launching import Scenario, main
 from tests.distributed.loops import narrow, own_batches, squared
 from tests.distributed.scenarios import (
@@ -46,6 +32,20 @@ from tests.distributed.scenarios import (
     ran_stock,
     resumed,
     works,
+)
+from tests.support.cases import (
+    CASES,
+    MAIN_CASES,
+    Case,
+    MendedTrainer,
+    bert,
+    case_arguments,
+    gpt2,
+    image_data,
+    lm_data,
+    resnet,
+    text_data,
+    trained,
 )
 
 SSAM, SAM = Case("ssam"), Case("sam")
@@ -156,7 +156,7 @@ def uneven(folder: Path) -> dict[str, Any]:
     return {"skipped": skipped, "weights": weights}
 
 
-def keeping(v: Vector, at: At) -> Vector:
+def keeping(v: Vector, at: StepContext) -> Vector:
     """A descent that reads the first gradient: the mean of both."""
     return {n: (t + at.g[n]) / 2 for n, t in v.items()}
 

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from hf_ssam import SSAMTrainer, TwoPass
-from hf_ssam.checkpoints import load_state, save_state
-from tests.cases import MAIN_CASES, Case, MendedTrainer, bert, case_arguments, gpt2, lm_data, text_data
+from hf_ssam.trainer.checkpoints import load_state, save_state
 from tests.distributed.launching import WORLD, Scenario, main
 from tests.distributed.loops import SETTINGS, batches, loop, narrow
 from tests.distributed.scenarios import (
@@ -28,6 +27,7 @@ from tests.distributed.scenarios import (
     ran_stock,
     whole,
 )
+from tests.support.cases import MAIN_CASES, Case, MendedTrainer, bert, case_arguments, gpt2, lm_data, text_data
 
 SSAM = Case("ssam")
 SAME = {"max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "weight_decay": 0.1}

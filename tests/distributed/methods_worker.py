@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hf_ssam import TwoPass
-from hf_ssam.checkpoints import Settings, load_state, save_state
-from tests.cases import CASES, ONE_PASS_CASES, Case
+from hf_ssam.trainer.checkpoints import Settings, load_state, save_state
+from tests.support.cases import CASES, ONE_PASS_CASES, Case
 
 MASKS = (
     Case("sparse_sam", {"mask": "dynamic", "update_freq": 2}),

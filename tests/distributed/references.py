@@ -1,4 +1,4 @@
-"""What several shards should do to the weights, in float64 and from the equations of `tests/reference.py`."""
+"""What several shards should do to the weights, in float64 and from the equations of `tests/support/reference.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tests.cases import Case
-from tests.reference import REFERENCES, flat, gradient_of, load, weight_mask
+from tests.support.cases import Case
+from tests.support.reference import REFERENCES, flat, gradient_of, load, weight_mask
 
 Batch = Mapping[str, Tensor]
 Windows = list[list[list[Batch]]]

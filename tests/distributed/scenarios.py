@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from hf_ssam import METHODS, SSAMTrainer, get_method
-from tests.cases import CASES, Case, arguments, case_arguments, trained, weights
+from tests.support.cases import CASES, Case, arguments, case_arguments, trained, weights
 
 SCOPES = ("global", "rank", "micro_batch")
 

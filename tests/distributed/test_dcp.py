@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_ssam.checkpoints import load_state
-from tests.cases import assert_identical
+from hf_ssam.trainer.checkpoints import load_state
 from tests.distributed.launching import Runs
 from tests.distributed.loops import alone
+from tests.support.cases import assert_identical
 
 pytestmark = pytest.mark.distributed
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from hf_ssam import TwoPass
-from tests.cases import CASES, MAIN_CASES, Case, assert_close, assert_identical, bert, gpt2, lm_data, text_data
 from tests.distributed.launching import Runs
 from tests.distributed.loops import narrow, own_batches, squared
 from tests.distributed.references import trained
 from tests.distributed.scenarios import SCOPES, base_optimizers, ran, rounding, total_skipped, without, works
-from tests.reference import REFERENCES, flat
+from tests.support.cases import CASES, MAIN_CASES, Case, assert_close, assert_identical, bert, gpt2, lm_data, text_data
+from tests.support.reference import REFERENCES, flat
 
 pytestmark = pytest.mark.distributed
 

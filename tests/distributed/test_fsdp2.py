@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.cases import MAIN_CASES, assert_close, assert_identical, bert, gpt2, lm_data, text_data
 from tests.distributed.fsdp2_worker import lora
 from tests.distributed.launching import Runs
 from tests.distributed.loops import alone
 from tests.distributed.scenarios import ran, rounding, total_skipped, without
+from tests.support.cases import MAIN_CASES, assert_close, assert_identical, bert, gpt2, lm_data, text_data
 
 pytestmark = pytest.mark.distributed
 

@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from hf_ssam import SSAMTrainer, TwoPass
-from hf_ssam.refusals import refuse_static_graph
-from tests.cases import Case, assert_identical, bert, case_arguments, text_data
+from hf_ssam.trainer.checks import refuse_static_graph
 from tests.distributed.launching import HERE, ROOT, Runs, run
+from tests.support.cases import Case, assert_identical, bert, case_arguments, text_data
 
 pytestmark = pytest.mark.distributed
 

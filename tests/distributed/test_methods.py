@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from tests.cases import CASES, ONE_PASS_CASES
 from tests.distributed.launching import torchrun
 from tests.distributed.methods_worker import MASKS, SELECTING
+from tests.support.cases import CASES, ONE_PASS_CASES
 
 pytestmark = pytest.mark.distributed
 WHOLE = (*CASES, *ONE_PASS_CASES, *MASKS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import benchmark_step
-from tests.cases import bert
+from tests.support.cases import bert
 
 
 def test_the_table_counts_passes_and_compares_with_the_plain_step(tmp_path, capsys):

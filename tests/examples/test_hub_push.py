@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from tests.examples.scripts import ROOT
-from tests.hub import HubStandIn
+from tests.support.hub_server import HubStandIn
 
 WHOLE = {"config.json", "model.safetensors"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}

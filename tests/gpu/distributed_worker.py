@@ -15,8 +15,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 
 from hf_ssam import SSAMTrainer
-from tests.cases import Case, MendedTrainer, case_arguments, gpt2, image_data, lm_data, resnet, trained
 from tests.distributed.scenarios import outcome, ran, ran_stock, whole
+from tests.support.cases import Case, MendedTrainer, case_arguments, gpt2, image_data, lm_data, resnet, trained
 
 SSAM = Case("ssam")
 CARD = {"use_cpu": not torch.cuda.is_available(), "max_steps": 5, "bf16": False}

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import assert_close, assert_identical
 from tests.distributed.launching import ROOT, run
+from tests.support.cases import assert_close, assert_identical
 
 pytestmark = [pytest.mark.gpu, pytest.mark.distributed]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_ssam import SSAMTrainer, TwoPass
-from hf_ssam.replay import RandomState
-from tests.cases import (
+from hf_ssam.engine.replay import RandomState
+from tests.support.cases import (
     MAIN_CASES,
     Case,
     arguments,

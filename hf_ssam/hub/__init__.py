@@ -1,0 +1,1 @@
+"""Model cards and pushing: what a run says of itself when it is shared."""

@@ -1,0 +1,1 @@
+"""One paper, one file; one table of all of them."""

@@ -1,0 +1,1 @@
+"""The two passes inside the Hugging Face Trainer."""

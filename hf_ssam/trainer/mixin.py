@@ -1,0 +1,213 @@
+"""The Trainer: micro-batches in, `super().training_step` for every pass, the engine's state in the checkpoint.
+
+Whatever the parent does in a step (autocast, loss scaling, label smoothing, context parallelism, backward) is done by
+the parent, once a pass. What is ours is when a window begins and ends, what the passes must not count twice, and what
+a checkpoint and a log entry hold in addition.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import has_length
+
+from ..engine.parameters import trainable
+from ..engine.per_sample import per_sample_losses
+from ..engine.two_pass import TwoPass
+from ..hub.model_card import ModelCardMixin
+from ..methods.table import checked_rho
+from . import checks as refusals
+from .checkpoints import Settings
+from .loss_counts import LossCountMixin
+from .micro_batches import HostMixin, MicroBatch
+from .resuming import ResumeMixin
+from .sample_ids import SampleIdMixin, ids_of, without_ids
+from .schedules import first_ascent, is_ascent_step, rho_factor
+from .step_log import PREFIX, StepLog
+from .training_args import SSAMArgumentsMixin
+
+
+class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, ModelCardMixin):
+    """Sharpness-aware training for any Trainer: `class MyTrainer(SSAMTrainerMixin, SFTTrainer): ...`.
+
+    The constructor is the parent's. With `optim` a name in `hf_ssam.METHODS` every optimizer step uses the gradient
+    that method computes; with a stock name the parent trains as it always did.
+
+    Attributes:
+        two_pass: the engine, built anew whenever training starts; None with a stock optimizer.
+
+    Raises:
+        ValueError: for arguments of another class, an empty training set, a model without trainable parameters, or a
+            sharpness-aware wrapper as `optimizers=`.
+        NotImplementedError: for a parent or a kind of distribution that two passes do not work with.
+    """
+
+    two_pass: TwoPass | None = None
+    _window_flos = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        refusals.refuse_host(type(self))
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, SSAMArgumentsMixin):
+            raise ValueError(
+                f"args: {type(self.args).__name__} has no `rho`; pass SSAMTrainingArguments, or a class made with "
+                "SSAMArgumentsMixin."
+            )
+        self._step_log = StepLog()
+        if self.args.is_sharpness_aware:
+            self._refuse_what_cannot_work()
+        if self.args.sharpness_steps is not None:
+            from .sharpness_callback import SharpnessCallback  # scipy is an extra
+
+            self.add_callback(SharpnessCallback(self))
+
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: nn.Module | None = None) -> tuple[Any, Any]:
+        """The base optimizer's class and arguments; `adasam` brings its own."""
+        own = args.method().optimizer if args.is_sharpness_aware else None
+        if own is not None:
+            betas = (args.adam_beta1, args.adam_beta2)
+            return own, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+        return super().get_optimizer_cls_and_kwargs(args.base_arguments(), model)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One micro-batch; after the last of a window `.grad` is the descent gradient, the weights untouched."""
+        if self.two_pass is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        last = self.accelerator.sync_gradients
+        ids, inputs = ids_of(inputs), without_ids(inputs)
+        self._window_flos += float(self.floating_point_ops(inputs))
+        whole = MicroBatch(self, super().training_step, model, inputs, num_items_in_batch, last)
+        if not self.two_pass.is_open:
+            self.two_pass.rho, self.two_pass.elapsed = self._rho_now(), self.state.global_step
+            self.two_pass.begin(self._loss_scale())
+        loss = 0.0
+        for run in [whole] if self.args.num_micro_batches == 1 else whole.split(self.args.num_micro_batches):
+            own = ids if ids is None or run.rows is None else ids[run.rows]
+            loss += self.two_pass.first_pass(run, self._share(run, num_items_in_batch), own)
+        if last:
+            self._finish_step()
+        return loss
+
+    def per_sample_loss(self, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
+        """The loss of each sample, shape (B,), for methods that select samples; override it for a loss of your own.
+
+        Args:
+            inputs: what the model was called with, by name, and the batch's `labels`.
+            outputs: what it returned.
+
+        Raises:
+            ValueError: if it is not known: a `compute_loss_func`, or outputs that do not tell.
+        """
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                f"compute_loss_func: optim={self.args.optim} needs the loss of each sample, which it does not give; "
+                "override `per_sample_loss` of the Trainer, or choose a method that selects no samples."
+            )
+        return per_sample_losses(self.accelerator.unwrap_model(self.model), inputs, outputs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the parent's; an entry that carries the training loss carries the step reports since the last one too."""
+        if self.two_pass is not None and "loss" in logs:
+            logs.update(self._step_log.drain(lambda t: self.accelerator.reduce(t, reduction="mean")))
+        if self.two_pass is not None and "train_runtime" in logs:
+            logs[PREFIX + "total_passes"] = self._step_log.total_passes
+        super().log(logs, start_time)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self.two_pass = None
+        if self.args.is_sharpness_aware:
+            self._build_engine(prepared[0], max_steps, resume_from_checkpoint)
+        return prepared
+
+    def _build_engine(self, model: nn.Module, max_steps: int, resume_from_checkpoint: str | None) -> None:
+        """The engine for this run. Fields are read now: a search or a smaller batch may have changed them."""
+        args = self.args
+        args.check_ssam()
+        self._refuse_what_cannot_work()
+        self._window_flos = 0.0
+        self._ascent_start = first_ascent(args.ascent_start, max_steps)
+        self._rho_factor = rho_factor(args.rho_scheduler_type, max_steps)
+        method = args.method()
+        varies = args.ascent_interval > 1 or args.ascent_start > 0 or args.ascent_scope != "global"
+        rules = method.rules()
+        refusals.refuse_static_graph(model, varies or rules.period != 1 or rules.takes_indices)
+        refusals.refuse_static_shapes(self, rules.takes_indices)
+        refusals.refuse_shared_samples(self, rules.takes_indices)
+        self.two_pass = TwoPass(
+            model,
+            method,
+            args.rho,
+            scope=args.ascent_scope,
+            perturb=args.perturb,
+            parameters=refusals.same_parameters(trainable(model), self.optimizer),
+            replay_rng=args.replay_rng,
+            offload_snapshot=args.offload_snapshot,
+            per_sample_loss=self.per_sample_loss,
+            dataset_size=len(self.train_dataset) if has_length(self.train_dataset) else None,
+            total_steps=max_steps,
+        )
+        self._settings = Settings(method.name, method.values, checked_rho(args.rho, method), args.ascent_scope)
+        self._step_log = StepLog()
+        if resume_from_checkpoint is not None:
+            self._load_engine(resume_from_checkpoint)
+
+    def _refuse_what_cannot_work(self) -> None:
+        refusals.refuse_launch(self)
+        refusals.refuse_optimizer(self.optimizer)
+        refusals.refuse_empty(self.train_dataset)
+        trainable(self.model)
+        if self.args.num_micro_batches > 1 and self.compute_loss_func is not None:
+            raise ValueError(
+                f"num_micro_batches: {self.args.num_micro_batches} cannot be used with compute_loss_func, whose "
+                "loss may not be a share of the batch; use gradient_accumulation_steps with ascent_scope=micro_batch."
+            )
+        if self.args.fp16 and self.accelerator.scaler is None:
+            warnings.warn(
+                "fp16=True has no effect on this device: no gradient scaler is made and the run is in float32; "
+                "train on a GPU, or drop fp16.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def _rho_now(self) -> float:
+        step = self.state.global_step
+        if not is_ascent_step(step, self._ascent_start, self.args.ascent_interval):
+            return 0.0
+        group = self.optimizer.param_groups[0]
+        lr_share = group["lr"] / (group.get("initial_lr", self.args.learning_rate) or 1.0)
+        return self._settings.rho * self._rho_factor(step, lr_share)
+
+    def _loss_scale(self) -> Tensor | None:
+        """The GradScaler's scale, on its device: `get_scale` would wait for it."""
+        scaler = self.accelerator.scaler
+        return None if scaler is None else scaler.scale(torch.ones((), device=self.args.device))
+
+    def _finish_step(self) -> None:
+        """Close the window; a step that is not finite must not be applied, nor move the scheduler."""
+        report = self.two_pass.finish()
+        self._step_log.add(report)
+        # A backward pass costs two forwards, as `floating_point_ops` has it.
+        self.current_flos += self._window_flos * (report.forwards - report.passes) / 3
+        self._window_flos = 0.0
+        if self.accelerator.scaler is None:
+            skipped = bool(report.skipped)
+            if skipped:
+                self.two_pass.space.clear_grads()
+            # Accelerate sets this flag where a GradScaler skips; the Trainer reads it to hold the scheduler back.
+            self.optimizer._is_overflow = skipped
+
+
+class SSAMTrainer(SSAMTrainerMixin, Trainer):
+    """`transformers.Trainer` with sharpness-aware training; see `SSAMTrainerMixin`."""
+
+
+class SSAMSeq2SeqTrainer(SSAMTrainerMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with sharpness-aware training; see `SSAMTrainerMixin`."""

@@ -1,0 +1,204 @@
+"""The arguments: `TrainingArguments`, or any other arguments class, plus what sharpness-aware training needs."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.training_args import OptimizerNames
+from transformers.utils import ExplicitEnum
+
+from ..engine.ranks import SCOPES
+from ..methods.options import parse_optim_args
+from ..methods.table import METHODS, Method, checked_rho, get_method
+from .schedules import RHO_SCHEDULES
+
+# HfArgumentParser narrows `OptimizerNames | str` to the enum and takes its values as choices, so the field needs an
+# enum that has our names too.
+SSAMOptimizerNames = ExplicitEnum(
+    "SSAMOptimizerNames",
+    {**{name.upper(): name for name in METHODS}, **{o.name: o.value for o in OptimizerNames}},
+    module=__name__,
+)
+
+_STEPS_IN_BACKWARD = ("lomo", "adalomo")
+
+
+def _options_help() -> str:
+    lines = (f"{m.name}: " + ", ".join(f"{n}={o.default}" for n, o in m.options.items()) for m in METHODS.values())
+    return "The options of the method, written `name=value,name=value`. " + "; ".join(lines) + "."
+
+
+def _optim_help() -> str:
+    rows = "; ".join(f"`{m.name}` ({m.paper.title}, rho {m.rho:g}, {m.passes} passes)" for m in METHODS.values())
+    return f"A sharpness-aware method, or any stock optimizer name for plain training. Methods: {rows}."
+
+
+@dataclass(repr=False)
+class SSAMArgumentsMixin:
+    """
+    Adds sharpness-aware training to an arguments class: `class MyConfig(SSAMArgumentsMixin, SFTConfig): ...`.
+
+    > Parameters that control the method
+
+    Args:
+        optim (`str`, defaults to `"ssam"`): a name in `hf_ssam.METHODS`, or any stock optimizer name, which trains as
+            the parent would.
+        optim_args (`str`, *optional*): the method's own options (`"k=5,alpha=0.1"`); with a stock name, the stock
+            field.
+        base_optim (`str`): the stock optimizer that uses the gradient; the parent's default `optim`.
+        base_optim_args (`str`, *optional*): what the stock `optim_args` is to the base optimizer.
+        rho (`float`, *optional*): radius ρ ≥ 0 of the perturbation, in the units of the method's ascent; `None` is the
+            method's default.
+        perturb (`str`, defaults to `"all"`): which parameters: `all`, `norm`, or a regular expression on their names.
+
+    > Parameters that control when and over what
+
+    Args:
+        rho_scheduler_type (`str`, defaults to `"constant"`): how ρ changes over the run: `constant`, `linear`,
+            `cosine`, `polynomial`, or `lr` (in step with the learning rate).
+        ascent_scope (`str`, defaults to `"global"`): whose gradient the perturbation follows: that of the whole batch,
+            of the `rank`, or of the `micro_batch` (mSAM).
+        num_micro_batches (`int`, defaults to 1): split each batch into that many parts which ascend by themselves;
+            with `ascent_scope="micro_batch"`, where there is no accumulation (mSAM's m).
+        ascent_start (`float`, defaults to 0): first perturbed step; below 1 a ratio of the run.
+        ascent_interval (`int`, defaults to 1): perturb every n-th step.
+
+    > Parameters that control the second pass
+
+    Args:
+        replay_rng (`bool`, defaults to `True`): give the second pass the random numbers of the first. Without it the
+            two losses differ by their dropout masks as well as by the perturbation.
+        offload_snapshot (`bool`, defaults to `False`): keep the copy of the weights in host memory.
+        sharpness_steps (`int`, *optional*): measure the curvature every n steps.
+    """
+
+    optim: SSAMOptimizerNames | str = field(default="ssam", metadata={"help": _optim_help()})
+    optim_args: str | None = field(default=None, metadata={"help": _options_help()})
+    base_optim: OptimizerNames | str = field(
+        default=TrainingArguments.default_optim, metadata={"help": "The stock optimizer that uses the gradient."}
+    )
+    base_optim_args: str | None = field(default=None, metadata={"help": "`optim_args` of the base optimizer."})
+    rho: float | None = field(default=None, metadata={"help": "Radius of the perturbation; None: the method's."})
+    rho_scheduler_type: Literal[RHO_SCHEDULES] = field(  # type: ignore[valid-type]
+        default="constant", metadata={"help": "How rho changes over the run; `lr` follows the learning rate."}
+    )
+    ascent_scope: Literal[SCOPES] = field(  # type: ignore[valid-type]
+        default="global", metadata={"help": "Whose gradient the perturbation follows; `micro_batch` is mSAM."}
+    )
+    num_micro_batches: int = field(
+        default=1, metadata={"help": "Split each batch into that many parts; with ascent_scope=micro_batch (mSAM)."}
+    )
+    ascent_start: float = field(
+        default=0.0, metadata={"help": "First perturbed step; below 1 a ratio of the run, otherwise a step."}
+    )
+    ascent_interval: int = field(default=1, metadata={"help": "Perturb every n-th step."})
+    perturb: str = field(
+        default="all", metadata={"help": "Which parameters: `all`, `norm`, or a regular expression on their names."}
+    )
+    replay_rng: bool = field(
+        default=True, metadata={"help": "Give the second pass the random numbers of the first (same dropout)."}
+    )
+    offload_snapshot: bool = field(default=False, metadata={"help": "Keep the copy of the weights in host memory."})
+    sharpness_steps: int | None = field(
+        default=None, metadata={"help": "Measure and log the curvature every n steps; None: never."}
+    )
+
+    def __init_subclass__(cls, **kwargs: Any):
+        """Make a subclass a dataclass: `class MyConfig(SSAMArgumentsMixin, SFTConfig): ...` is then enough."""
+        super().__init_subclass__(**kwargs)
+        dataclass(repr=False)(cls)
+
+    def __post_init__(self) -> None:
+        asked, asked_args = SSAMOptimizerNames(_plain(self.optim)).value, self.optim_args
+        self.base_optim = OptimizerNames(_plain(self.base_optim))
+        if asked in METHODS:
+            self.optim, self.optim_args = self.base_optim, self.base_optim_args
+        super().__post_init__()
+        if asked in METHODS:
+            self.optim, self.optim_args = asked, asked_args
+        self.check_ssam()
+
+    def set_optimizer(self, name: str = "ssam", *args: Any, **kwargs: Any) -> SSAMArgumentsMixin:
+        """As the parent's; a method's name is taken too, the other arguments then describe its base optimizer."""
+        asked = _plain(name)
+        super().set_optimizer(self.base_optim if asked in METHODS else asked, *args, **kwargs)
+        if asked in METHODS:
+            self.base_optim_args, self.optim_args, self.optim = self.optim_args, None, asked
+        return self
+
+    @property
+    def is_sharpness_aware(self) -> bool:
+        """Whether `optim` names a method of ours."""
+        return self.optim in METHODS
+
+    def method(self) -> Method:
+        """The method with its options.
+
+        Raises:
+            ValueError: if `optim` is a stock name, or an option does not exist or is out of range.
+        """
+        return get_method(self.optim, **parse_optim_args(self.optim_args))
+
+    def base_arguments(self) -> SSAMArgumentsMixin:
+        """These arguments as a stock Trainer would be given them: `optim` is the base optimizer."""
+        if not self.is_sharpness_aware:
+            return self
+        stock = copy.copy(self)
+        stock.optim, stock.optim_args = self.base_optim, self.base_optim_args
+        return stock
+
+    def check_ssam(self) -> None:
+        """Refuse what cannot work, naming the argument and the way out.
+
+        Called at construction and again when training starts: a hyper-parameter search sets fields in between.
+
+        Raises:
+            ValueError: for a value out of range, an unknown option, or a base optimizer that steps inside backward.
+        """
+        if self.sharpness_steps is not None and self.sharpness_steps < 1:
+            raise ValueError(f"sharpness_steps: {self.sharpness_steps} is not allowed; choose an integer from 1.")
+        if not self.is_sharpness_aware:
+            return
+        checked_rho(self.rho, self.method())
+        base = _plain(self.base_optim)
+        if base in _STEPS_IN_BACKWARD or base.endswith("_layerwise"):
+            raise ValueError(
+                f"base_optim: `{base}` steps inside backward, before the second pass exists; choose another, such as "
+                "adamw_torch or sgd."
+            )
+        if self.method().optimizer and (self.base_optim != type(self).base_optim or self.base_optim_args):
+            raise ValueError(
+                f"base_optim: `{base}` cannot be chosen, since {self.optim} brings an optimizer of its own, with "
+                "adam_beta1, adam_beta2 and adam_epsilon; drop base_optim and its args, or use optim=sam with them."
+            )
+        for name, choices in (("ascent_scope", SCOPES), ("rho_scheduler_type", RHO_SCHEDULES)):
+            if getattr(self, name) not in choices:
+                listed = ", ".join(choices)
+                raise ValueError(f"{name}: `{getattr(self, name)}` does not exist; choose one of {listed}.")
+        if not 0 <= self.ascent_start < float("inf"):
+            raise ValueError(f"ascent_start: {self.ascent_start} is not allowed; choose a ratio below 1, or a step.")
+        if self.num_micro_batches > 1 and self.ascent_scope != "micro_batch":
+            raise ValueError(
+                f"num_micro_batches: {self.num_micro_batches} has no effect under ascent_scope={self.ascent_scope}; "
+                "set ascent_scope=micro_batch, or leave it at 1."
+            )
+        for name in ("ascent_interval", "num_micro_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not allowed; choose an integer from 1.")
+
+
+def _plain(name: Any) -> str:
+    return name.value if isinstance(name, ExplicitEnum) else str(name)
+
+
+@dataclass(repr=False)
+class SSAMTrainingArguments(SSAMArgumentsMixin, TrainingArguments):
+    """`transformers.TrainingArguments` with sharpness-aware training; see `SSAMArgumentsMixin`."""
+
+
+@dataclass(repr=False)
+class SSAMSeq2SeqTrainingArguments(SSAMArgumentsMixin, Seq2SeqTrainingArguments):
+    """`transformers.Seq2SeqTrainingArguments` with sharpness-aware training; see `SSAMArgumentsMixin`."""
