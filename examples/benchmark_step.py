@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, set_seed
 
-import offline
 from hf_ssam import METHODS, TwoPass
+from support import offline
 
 PLAIN = "plain"
 PERIOD = 5

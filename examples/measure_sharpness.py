@@ -24,8 +24,6 @@ from typing import Any
 
 import torch
 
-import resident
-from cli import run
 from hf_ssam.plots import plot_loss_line, plot_loss_plane, plot_spectrum
 from hf_ssam.sharpness import (
     Line,
@@ -39,7 +37,9 @@ from hf_ssam.sharpness import (
     top_eigenvalues,
     trace,
 )
-from probes import Subject, load_all
+from support import resident
+from support.cli import run
+from support.probes import Subject, load_all
 
 Row = dict[str, Any]
 

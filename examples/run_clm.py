@@ -19,14 +19,13 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, default_data_collator, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-import offline_models
-import offline_tasks
-from base_models import ModelArguments, check_length, pretrained, tokenizer_for
-from cli import ExampleParser, UsageError, run
 from hf_ssam import SSAMTrainer, SSAMTrainingArguments
-from lora import LoraArguments, adapter
-from runs import prepare, train_and_report
-from sources import FileArguments, load_files, require_columns, uses
+from support import offline_models, offline_tasks
+from support.base_models import ModelArguments, check_length, pretrained, tokenizer_for
+from support.cli import ExampleParser, UsageError, run
+from support.lora import LoraArguments, adapter
+from support.runs import prepare, train_and_report
+from support.sources import FileArguments, load_files, require_columns, uses
 
 
 @dataclass

@@ -12,7 +12,6 @@ Batch normalisation is safe: the second pass of a method leaves the running stat
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import evaluate
 from transformers import (
@@ -26,15 +25,16 @@ from transformers import (
     set_seed,
 )
 
-import offline_models
-from base_models import ModelArguments, labelled, pretrained, with_new_head
-from cli import ExampleParser, run
 from hf_ssam import SSAMTrainer, SSAMTrainingArguments
-from image_data import ImageArguments, load, number_labels, pixels, undecoded
-from runs import prepare, train_and_report
-from sources import uses
+from support import offline_models
+from support.base_models import ModelArguments, labelled, pretrained, with_new_head
+from support.cli import ExampleParser, run
+from support.image_data import ImageArguments, load, number_labels, pixels, undecoded
+from support.metrics import METRICS
+from support.runs import prepare, train_and_report
+from support.sources import uses
 
-METRIC = Path(__file__).parent / "metrics" / "classification.py"
+METRIC = METRICS / "classification.py"
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:

@@ -17,14 +17,13 @@ from datasets import DatasetDict
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
-import offline_models
-import offline_tasks
-from base_models import PlainModelArguments, check_length, pretrained, tokenizer_for
-from cli import ExampleParser, UsageError, run
 from hf_ssam import SSAMArgumentsMixin, SSAMTrainerMixin
-from lora import LoraArguments, adapter
-from runs import prepare, train_and_report
-from sources import FileArguments, load_files, uses
+from support import offline_models, offline_tasks
+from support.base_models import PlainModelArguments, check_length, pretrained, tokenizer_for
+from support.cli import ExampleParser, UsageError, run
+from support.lora import LoraArguments, adapter
+from support.runs import prepare, train_and_report
+from support.sources import FileArguments, load_files, uses
 
 FORMS = ({"messages"}, {"prompt", "completion"}, {"text"})
 

@@ -12,7 +12,6 @@ Without a model it takes MiniLM-L6 twice, as encoder and as decoder (with new cr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import evaluate
 import numpy as np
@@ -29,15 +28,15 @@ from transformers import (
     set_seed,
 )
 
-import offline
-import offline_tasks
-from base_models import ModelArguments, check_length, pretrained, tokenizer_for
-from cli import ExampleParser, run
 from hf_ssam import SSAMSeq2SeqTrainer, SSAMSeq2SeqTrainingArguments
-from runs import prepare, train_and_report
-from sources import FileArguments, load_files, require_columns, uses
+from support import offline, offline_tasks
+from support.base_models import ModelArguments, check_length, pretrained, tokenizer_for
+from support.cli import ExampleParser, run
+from support.metrics import METRICS
+from support.runs import prepare, train_and_report
+from support.sources import FileArguments, load_files, require_columns, uses
 
-METRIC = Path(__file__).parent / "metrics" / "rouge.py"
+METRIC = METRICS / "rouge.py"
 
 
 @dataclass

@@ -28,15 +28,14 @@ from transformers import (
     set_seed,
 )
 
-import offline
-from base_models import ModelArguments, labelled, positions, pretrained, tokenizer_for, with_new_head
-from cli import ExampleParser, run
 from hf_ssam import SSAMTrainer, SSAMTrainingArguments
-from runs import conclude, prepare, train_and_evaluate
-from sources import uses
-from text_data import TextArguments, load, number_labels, text_columns
-
-METRICS = Path(__file__).parent / "metrics"
+from support import offline
+from support.base_models import ModelArguments, labelled, positions, pretrained, tokenizer_for, with_new_head
+from support.cli import ExampleParser, run
+from support.metrics import METRICS
+from support.runs import conclude, prepare, train_and_evaluate
+from support.sources import uses
+from support.text_data import TextArguments, load, number_labels, text_columns
 
 
 @dataclass

@@ -10,7 +10,6 @@ questions in lower case, in which it finds the names (`offline_tasks.names`); ne
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import evaluate
@@ -24,15 +23,15 @@ from transformers import (
     set_seed,
 )
 
-import offline
-import offline_tasks
-from base_models import ModelArguments, check_length, labelled, pretrained, tokenizer_for, with_new_head
-from cli import ExampleParser, UsageError, run
 from hf_ssam import SSAMTrainer, SSAMTrainingArguments
-from runs import prepare, train_and_report
-from sources import FileArguments, load_files, require_columns, uses
+from support import offline, offline_tasks
+from support.base_models import ModelArguments, check_length, labelled, pretrained, tokenizer_for, with_new_head
+from support.cli import ExampleParser, UsageError, run
+from support.metrics import METRICS
+from support.runs import prepare, train_and_report
+from support.sources import FileArguments, load_files, require_columns, uses
 
-METRIC = Path(__file__).parent / "metrics" / "spans.py"
+METRIC = METRICS / "spans.py"
 IGNORED = -100
 
 

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 from transformers import get_linear_schedule_with_warmup as linear_schedule
 
-import offline
 from hf_ssam import METHODS, TwoPass
+from support import offline
 
 
 def main(flags: argparse.Namespace) -> None:

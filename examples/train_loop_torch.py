@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import offline
 from hf_ssam import METHODS, TwoPass
+from support import offline
 
 
 def main(flags: argparse.Namespace) -> None:

@@ -12,15 +12,14 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, BertConfig, BertForTokenClassification, LlamaConfig, LlamaForCausalLM
 
-import offline
-import offline_tasks
 import run_clm
 import run_image_classification
 import run_sft
 import run_summarization
 import run_token_classification
-from cli import UsageError
 from hf_ssam import SSAMTrainer
+from support import offline, offline_tasks
+from support.cli import UsageError
 
 SENTENCES = {"tokens": [["who", "is", "bach"], ["where", "is", "peru"]] * 8, "ner_tags": [["O", "O", "B-X"]] * 16}
 

@@ -12,10 +12,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from transformers import BertTokenizerFast, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 import measure_sharpness
-import probes
-import resident
-from cli import UsageError
 from hf_ssam.sharpness import Objective, top_eigenvalues
+from support import probes, resident
+from support.cli import UsageError
 from tests.support.cases import bert, gpt2
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "##a"]

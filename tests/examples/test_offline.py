@@ -10,9 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import fetching
-import offline
-from fetching import OfflineDataError, Package, fetch
+from support import fetching, offline
+from support.fetching import OfflineDataError, Package, fetch
 
 
 def letters(text: str) -> str:

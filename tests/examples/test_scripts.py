@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import pipeline as make_pipeline
 
-import offline
+from support import offline
 from tests.examples.scripts import ROOT, TASKS, run_script
 
 SHORT = ["--max_steps", 2, "--max_train_samples", 24, "--max_eval_samples", 8, "--logging_steps", 1]

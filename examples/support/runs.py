@@ -12,7 +12,7 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from cli import UsageError
+from .cli import UsageError
 
 COSTS = ("_time", "_runtime", "_per_second", "_num_tokens")
 

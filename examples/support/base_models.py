@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cli import UsageError
+from .cli import UsageError
 
 
 @dataclass

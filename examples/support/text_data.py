@@ -11,9 +11,9 @@ from typing import Literal
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
-import offline
-from cli import UsageError
-from sources import FileArguments, hub_data, load_files, read_named
+from . import offline
+from .cli import UsageError
+from .sources import FileArguments, hub_data, load_files, read_named
 
 GLUE = "nyu-mll/glue"
 GLUE_COLUMNS = {
@@ -52,7 +52,8 @@ class TextArguments(FileArguments):
     pad_to_max_length: bool = field(default=False, metadata={"help": "Pad every text to that length, for compilers."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Predict so many examples."})
     metric_name: str | None = field(
-        default=None, metadata={"help": "A metric on the Hub, or a path, in place of the ones in examples/metrics."}
+        default=None,
+        metadata={"help": "A metric on the Hub, or a path, in place of those in support/metrics."},
     )
 
     def __post_init__(self) -> None:

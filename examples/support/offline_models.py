@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import efficientnet_lite0
-import offline
-from cli import UsageError
-from fetching import cache_dir
+from . import efficientnet_lite0, offline
+from .cli import UsageError
+from .fetching import cache_dir
 
 
 def lite0() -> Path:

@@ -17,9 +17,9 @@ import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Image
 from transformers import BaseImageProcessor
 
-import offline
-from cli import UsageError
-from sources import DataArguments, read_named
+from . import offline
+from .cli import UsageError
+from .sources import DataArguments, read_named
 
 
 @dataclass

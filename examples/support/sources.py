@@ -10,8 +10,8 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-from cli import UsageError
-from runs import Plan
+from .cli import UsageError
+from .runs import Plan
 
 READERS = {
     ".csv": ("csv", {"keep_default_na": False}),

@@ -24,10 +24,10 @@ from transformers import (
     set_seed,
 )
 
-import offline
-from base_models import pretrained
-from cli import UsageError
-from sources import described, read_named
+from . import offline
+from .base_models import pretrained
+from .cli import UsageError
+from .sources import described, read_named
 
 Batches = list[dict[str, torch.Tensor]]
 
