@@ -31,6 +31,11 @@ class Plan:
     takes: frozenset[str]
     checkpoint: str | None
 
+    @property
+    def trains(self) -> bool:
+        """Whether the run trains."""
+        return "train" in self.needs
+
 
 def prepare(args: TrainingArguments, offers: Sequence[str] = ("train", "eval")) -> Plan:
     """Settle what the run is to do, before anything is loaded.

@@ -76,7 +76,7 @@ def test_image_folders_that_cannot_work(tmp_path):
         pictures(tmp_path / "pets", "cat/1.png", "dog/2.png"),
         pictures(tmp_path / "o", "cat/3.png", "eel/4.png"),
     )
-    refused(main, "--train_dir", pets, "--validation_dir", other, *out, says="class 'eel', which the train data")
+    refused(main, "--train_dir", pets, "--validation_dir", other, *out, says="label 'eel', which the train data")
     refused(main, "--train_dir", pets, "--label_column_name", "kind", *out, says="no labels in column 'kind'")
     refused(main, "--train_dir", pets, "--image_column_name", "photo", *out, says="no images in column 'photo'")
     refused(
@@ -172,8 +172,8 @@ def test_the_perplexity_is_logged_before_and_after_training(tmp_path, tiny):
 
 def test_the_first_token_of_a_word_has_its_tag(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    encode = run_token_classification.encoder(tokenizer, run_token_classification.TokenArguments(), ["B", "O"])
-    encoded = encode({"tokens": [["who", "admires", "gymnophobia"]], "ner_tags": [["O", "O", "B"]]})
+    encode = run_token_classification.encoder(tokenizer, run_token_classification.TokenArguments())
+    encoded = encode({"tokens": [["who", "admires", "gymnophobia"]], "ner_tags": [[1, 1, 0]]})
     tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"][0])
     kept = [(token, tag) for token, tag in zip(tokens, encoded["labels"][0], strict=True) if tag != -100]
     assert kept == [("who", 1), ("admire" if "admire" in tokens else "admires", 1), ("gym", 0)]
