@@ -36,7 +36,9 @@ from support.cli import ExampleParser, run
 from support.image_data import ImageArguments, load, number_labels, pixels, trained_names, undecoded
 from support.labels import finished_names, not_known, ordered_as
 from support.metrics import METRICS
-from support.runs import Plan, prepare, train_and_report
+from support.plan import Plan, prepare
+from support.run_data import run_data
+from support.runs import train_and_report
 from support.sources import uses
 
 METRIC = METRICS / "classification.py"
@@ -79,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         compute_metrics=score,
     )
     facts = {"finetuned_from": model_args.model_name_or_path, "tasks": "image-classification", **data_args.card}
-    return train_and_report(trainer, plan.checkpoint, **facts)
+    columns = {"columns": [data_args.image_column_name], "label_column": data_args.label_column_name}
+    data = run_data(data_args, data_args.offline_dataset, **columns, labels=names, seed=args.seed)
+    return train_and_report(trainer, plan.checkpoint, data, **facts)
 
 
 def settled_names(

@@ -37,7 +37,9 @@ from support.base_models import ModelArguments, classifier, path_of, positions, 
 from support.cli import ExampleParser, run
 from support.labels import finished_names, not_known, ordered_as
 from support.metrics import METRICS
-from support.runs import Plan, conclude, prepare, train_and_evaluate
+from support.plan import Plan, prepare
+from support.run_data import run_data
+from support.runs import conclude, train_and_evaluate
 from support.sources import uses
 from support.text_data import TextArguments, load, number_labels, text_columns, trained_names
 
@@ -80,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         data_collator=default_data_collator if data_args.pad_to_max_length else DataCollatorWithPadding(tokenizer),
         compute_metrics=scorer(names, data_args),
     )
-    results = train_and_evaluate(trainer, plan.checkpoint)
+    known = {"columns": columns, "label_column": data_args.label_column_name, "labels": names, "seed": args.seed}
+    data = run_data(data_args, data_args.offline_dataset, **known)
+    results = train_and_evaluate(trainer, plan.checkpoint, data)
     if args.do_predict:
         results |= predict(trainer, prepared["predict"], names)
     facts = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-classification", **data_args.card}

@@ -30,7 +30,9 @@ from support.base_models import ModelArguments, check_length, classifier, path_o
 from support.cli import ExampleParser, UsageError, run
 from support.labels import class_names, finished_names, not_known, numbers, ordered_as
 from support.metrics import METRICS
-from support.runs import Plan, prepare, train_and_report
+from support.plan import Plan, prepare
+from support.run_data import run_data
+from support.runs import train_and_report
 from support.sources import FileArguments, load_files, require_columns, uses
 
 METRIC = METRICS / "spans.py"
@@ -81,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         compute_metrics=scorer(tags),
     )
     facts = {"finetuned_from": model_args.model_name_or_path, "tasks": "token-classification", **data_args.card}
-    return train_and_report(trainer, plan.checkpoint, **facts)
+    columns = {"columns": [data_args.text_column_name], "label_column": data_args.label_column_name}
+    data = run_data(data_args, "names", **columns, labels=tags, seed=args.seed)
+    return train_and_report(trainer, plan.checkpoint, data, **facts)
 
 
 def require_tags(raw: DatasetDict, data: TokenArguments) -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .cli import UsageError
-from .runs import Plan
+from .plan import Plan
 
 
 @dataclass
@@ -91,7 +91,7 @@ def classifier(
     Raises:
         UsageError: see `pretrained`.
     """
-    head = (_labelled(names) if names is not None else REGRESSION) if plan.trains else {}
+    head = (labelled(names) if names is not None else REGRESSION) if plan.trains else {}
     config = pretrained(AutoConfig, path, **head, **settings, **model.hub)
     return pretrained(loader, path, config=config, dtype=model.dtype, ignore_mismatched_sizes=plan.trains, **model.hub)
 
@@ -99,7 +99,7 @@ def classifier(
 REGRESSION = {"num_labels": 1, "problem_type": "regression"}
 
 
-def _labelled(names: list[str]) -> dict[str, Any]:
+def labelled(names: list[str]) -> dict[str, Any]:
     """What the configuration of a classifier says of the classes `names`."""
     number = {name: i for i, name in enumerate(names)}
     return {"id2label": dict(enumerate(names)), "label2id": number, "problem_type": None}

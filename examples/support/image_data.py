@@ -20,7 +20,7 @@ from transformers import BaseImageProcessor
 from . import offline
 from .cli import UsageError
 from .labels import class_names, numbers, shown
-from .sources import DataArguments, read_named
+from .sources import DataArguments, absolute, read_named
 
 
 @dataclass
@@ -45,6 +45,11 @@ class ImageArguments(DataArguments):
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"--image_size {self.image_size} is not a number of pixels: give one from 1")
 
+    @property
+    def origin(self) -> dict[str, str]:
+        """What the training data are; nothing for an offline set."""
+        return {"file": absolute(self.train_dir)} if self.train_dir else super().origin
+
     def flag(self, split: str) -> str:
         """The flag that brings `split` from local files."""
         return f"--{split}_dir"
@@ -58,14 +63,20 @@ def load(data: ImageArguments) -> DatasetDict:
     """
     folders = {"train": data.train_dir, "validation": data.validation_dir}
     if any(folders.values()):
+        given = {split: Path(place) for split, place in folders.items() if place}
         least = {"train": 2, "validation": 1}
-        return DatasetDict({split: _folder(Path(place), least[split]) for split, place in folders.items() if place})
+        return DatasetDict({split: read_folder(place, least[split]) for split, place in given.items()})
     if data.dataset_name:
         return read_named(data.dataset_name, data.dataset_config_name)
     return offline.mnist_5k() if data.offline_dataset == "mnist_5k" else offline.fashion_mnist()
 
 
-def _folder(place: Path, least: int) -> Dataset:
+def read_folder(place: Path, least: int) -> Dataset:
+    """The images below `place`, in a folder for each class.
+
+    Raises:
+        UsageError: there is no such folder, a class has no images, or there are fewer than `least` classes.
+    """
     if not place.is_dir():
         raise UsageError(f"there is no folder {place}")
     classes = sorted(folder.name for folder in place.iterdir() if folder.is_dir())

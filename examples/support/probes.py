@@ -1,18 +1,16 @@
-"""Saved models, each with the rows that it is measured on.
+"""Saved models, each with the rows that it is measured on: those of its own training, or of other data that are named.
 
-Text classifiers, causal language models and image classifiers are told apart by their configuration. The rows are
-the first ones of the split, shuffled with seed 0, so that every model sees the same; they are sorted by length before
-they are cut into batches, which spares padding and changes no number.
+Text classifiers, causal language models and image classifiers are told apart by their configuration, or by their
+adapter's. The rows are the first ones of the data, shuffled with seed 0, so that models of the same data see the same.
 """
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
+from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -20,30 +18,66 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedModel,
+    PreTrainedConfig,
     set_seed,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from . import offline
-from .base_models import pretrained
+from . import probe_rows
+from .base_models import labelled, pretrained
 from .cli import UsageError
-from .sources import described, read_named
+from .labels import class_names, finished_names, not_known
+from .probe_rows import Batch, labels_of, require_columns
+from .run_data import RunData, beside
 
-Batches = list[dict[str, torch.Tensor]]
+LOADERS = {
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForImageClassification": AutoModelForImageClassification,
+    "ForCausalLM": AutoModelForCausalLM,
+    "LMHeadModel": AutoModelForCausalLM,
+}
+HEADLESS = ("Model", "ForMaskedLM", "ForPreTraining")
+PEFT_TASKS = {"SEQ_CLS": "ForSequenceClassification", "CAUSAL_LM": "ForCausalLM"}
+TEXT, IMAGE, LABEL = "text", "image", "label"
 
 
 @dataclass
 class Subject:
-    """A model with the rows it is measured on."""
+    """A model with the rows it is measured on, and what these are."""
 
     name: str
-    model: PreTrainedModel
-    batches: Batches
+    model: torch.nn.Module
+    batches: list[Batch]
+    data: str
 
     @property
     def weight_mib(self) -> float:
         """What the weights take, MiB."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters()) / 2**20
+
+
+@dataclass
+class Opened:
+    """A model's kind, a key of `LOADERS`, its weights' place, and the adapter's on them, if it is one."""
+
+    kind: str
+    config: PreTrainedConfig
+    base: str
+    adapter: str | None
+    has_head: bool
+
+    def load(self, names: list[str] | None) -> torch.nn.Module:
+        """The model, with a head for `names` where it has none of its own."""
+        config = self.config
+        if names is not None and (self.adapter or not self.has_head):
+            config = pretrained(AutoConfig, self.base, **labelled(names))
+        fits_later = {"ignore_mismatched_sizes": self.adapter is not None}  # an adapter brings a head of its own
+        model = LOADERS[self.kind].from_pretrained(self.base, config=config, **fits_later)
+        if self.adapter is None:
+            return model
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, self.adapter, is_trainable=True).eval()
 
 
 def load_all(folders: list[str], args: argparse.Namespace) -> list[Subject]:
@@ -65,107 +99,118 @@ def load(folder: str, name: str, args: argparse.Namespace) -> Subject:
     """The model in `folder` (or of that name on the Hub) with `args.rows` rows in its own tokens or pixels.
 
     Raises:
-        UsageError: there is no such model, or the rows are not for it.
+        UsageError: there is no such model, nothing says what to measure it on, or the rows are not for it.
     """
-    head = (pretrained(AutoConfig, folder).architectures or [""])[0]
+    run = beside(folder)
+    opened = open_model(folder)
+    data = named_data(folder, run, args)
+    rows = data.read()
+    rows = rows.shuffle(seed=0).select(range(min(args.rows, len(rows))))
     set_seed(0)
-    if "ForCausalLM" in head or "LMHeadModel" in head:
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        return Subject(name, model, texts(folder, rows(args, offline.trec), args))
-    if "ForImageClassification" in head:
-        model = AutoModelForImageClassification.from_pretrained(folder)
-        return Subject(name, model, images(folder, model, rows(args, offline.mnist_5k), args))
-    data = rows(args, offline.trec)
-    if "ForSequenceClassification" in head:
-        model = AutoModelForSequenceClassification.from_pretrained(folder)
-    else:
+    if opened.kind in ("ForCausalLM", "LMHeadModel"):
+        columns = data.columns or [TEXT]
+        require_columns(rows, data.name, columns)
+        tokenizer = pretrained(AutoTokenizer, folder)
+        batches = probe_rows.running(rows, columns, tokenizer, args.batch_size, args.max_length)
+        return Subject(name, opened.load(None), batches, data.name)
+    names, batches = judged(folder, opened, run, data, rows, args)
+    if not opened.has_head:
         print(f"{name} has no classification head: measured with a fresh one.")
-        labels = len(set(data[column(data, args.label_column)]))
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels)
-    return Subject(name, model, classified(folder, model, data, args))
+    return Subject(name, opened.load(names), batches, data.name)
 
 
-def rows(args: argparse.Namespace, default: Callable[[], DatasetDict]) -> Dataset:
-    """The rows to measure on."""
-    if args.dataset_name is None:
-        data = default()
-    elif (Path(args.dataset_name) / "dataset_info.json").is_file():
-        data = load_from_disk(args.dataset_name)
-    else:
-        data = read_named(args.dataset_name)
-    if isinstance(data, DatasetDict):
-        if args.split not in data:
-            raise UsageError(f"--split {args.split}: the data has {described(data)}")
-        data = data[args.split]
-    return data.shuffle(seed=0).select(range(min(args.rows, len(data))))
+def named_data(folder: str, run: RunData | None, args: argparse.Namespace) -> RunData:
+    """What to measure on: the data of the command line, or else of the run; the columns likewise.
 
-
-def batched(data: Dataset, size: int) -> list[dict[str, list]]:
-    """The rows in order, `size` at a time."""
-    return [data[i : i + size] for i in range(0, len(data), size)]
-
-
-def by_length(data: Dataset, text: str) -> Dataset:
-    """The rows from the shortest text to the longest."""
-    lengths = [len(t) for t in data[text][:]]
-    return data.select(sorted(range(len(data)), key=lengths.__getitem__))
-
-
-def classified(folder: str, model: PreTrainedModel, data: Dataset, args: argparse.Namespace) -> Batches:
-    """Tokenised texts with their labels."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids, text = label_ids(model, data, args), column(data, args.text_column)
-    return [
-        {**tokenized(tokenizer, part[text], args), "labels": ids(part[args.label_column])}
-        for part in batched(by_length(data, text), args.batch_size)
-    ]
-
-
-def texts(folder: str, data: Dataset, args: argparse.Namespace) -> Batches:
-    """Tokenised texts that are their own labels, padding left out."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    text = column(data, args.text_column)
-    parts = [tokenized(tokenizer, part[text], args) for part in batched(by_length(data, text), args.batch_size)]
-    return [{**p, "labels": p["input_ids"].where(p["attention_mask"].bool(), -100)} for p in parts]
-
-
-def images(folder: str, model: PreTrainedModel, data: Dataset, args: argparse.Namespace) -> Batches:
-    """Pixels with their labels."""
-    processor = pretrained(AutoImageProcessor, folder)
-    ids, image = label_ids(model, data, args), column(data, args.image_column)
-
-    def pixels(part: list) -> torch.Tensor:
-        return processor([i.convert("RGB") for i in part], return_tensors="pt")["pixel_values"]
-
-    return [
-        {"pixel_values": pixels(part[image]), "labels": ids(part[args.label_column])}
-        for part in batched(data, args.batch_size)
-    ]
-
-
-def tokenized(tokenizer: Any, part: list[str], args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """A padded batch."""
-    return dict(tokenizer(part, padding=True, truncation=True, max_length=args.max_length, return_tensors="pt"))
-
-
-def column(data: Dataset, name: str) -> str:
-    """`name`, if there is such a column."""
-    if name not in data.column_names:
+    Raises:
+        UsageError: neither says.
+    """
+    data = run or RunData()
+    if args.data or args.dataset_name:
+        other = {"file": args.data, "dataset_name": args.dataset_name, "split": args.split or "train"}
+        data = RunData(**other, columns=data.columns, label_column=data.label_column)
+    elif args.split:
+        data = replace(data, split=args.split)
+    if data.name is None:
         raise UsageError(
-            f"the data set has no column {name!r}; --text_column, --image_column and --label_column take "
-            f"{data.column_names}"
+            f"nothing says what {folder} was trained on: name what to measure it on with --data FILE or --dataset_name"
         )
-    return name
+    columns = args.text_column or (args.image_column and [args.image_column]) or data.columns
+    return replace(data, columns=columns, label_column=args.label_column or data.label_column or LABEL)
 
 
-def label_ids(model: PreTrainedModel, data: Dataset, args: argparse.Namespace) -> Callable[[list], torch.Tensor]:
-    """What turns labels into the model's: by name where the model knows the names, as numbers otherwise."""
-    feature = data.features[column(data, args.label_column)]
-    known = model.config.label2id or {}
-    if isinstance(feature, ClassLabel) and set(feature.names) <= set(known):
-        return lambda labels: torch.tensor([known[feature.int2str(label)] for label in labels])
-    largest = max(data[args.label_column])
-    if not isinstance(largest, int) or largest >= model.config.num_labels:
-        raise UsageError(f"label {largest!r} of the data is none of the model's {model.config.num_labels} labels")
-    return torch.tensor
+def judged(
+    folder: str, opened: Opened, run: RunData | None, data: RunData, rows: Dataset, args: argparse.Namespace
+) -> tuple[list[str] | None, list[Batch]]:
+    """The classes of a classifier, None where it predicts a score; and the rows with their labels in its numbers.
+
+    Raises:
+        UsageError: the rows lack a column, or have a label that the model does not know.
+    """
+    is_image = opened.kind == "ForImageClassification"
+    columns = data.columns or [IMAGE if is_image else TEXT]
+    require_columns(rows, data.name, [*columns, data.label_column])
+    names, unknown = classes(folder, opened, run, rows, data.label_column)
+    labels = labels_of(rows, data.label_column, names, data.name, unknown)
+    if is_image:
+        return names, probe_rows.pictured(
+            rows, columns[0], pretrained(AutoImageProcessor, folder), labels, args.batch_size
+        )
+    tokenizer = pretrained(AutoTokenizer, folder)
+    return names, probe_rows.classified(rows, columns, tokenizer, labels, args.batch_size, args.max_length)
+
+
+def classes(
+    folder: str, opened: Opened, run: RunData | None, rows: Dataset, column: str
+) -> tuple[list[str] | None, str]:
+    """The model's classes by number, or None for a score, and the end of a sentence about a label that is none."""
+    if opened.adapter and not (run and run.labels):
+        raise UsageError(f"nothing says which classes {folder} was trained for: measure the folder that its run left")
+    if opened.adapter:
+        return run.labels, not_known(folder, run.labels)
+    if not opened.has_head:
+        return class_names(column, rows), ""
+    if opened.config.num_labels == 1:
+        return None, f"is no number: {folder} predicts a score"
+    names = finished_names(opened.config, opened.kind, folder)
+    return names, not_known(folder, names)
+
+
+def open_model(folder: str) -> Opened:
+    """What is in `folder`; no weights are read yet.
+
+    Raises:
+        UsageError: there is no model, one of a kind that is not measured here, or an adapter without peft or its base.
+    """
+    settings = adapter_settings(folder)
+    base = settings.base_model_name_or_path if settings else folder
+    config = pretrained(AutoConfig, base)
+    architecture = next(iter(config.architectures or []), "")
+    own = next((kind for kind in LOADERS if architecture.endswith(kind)), None)
+    kind = PEFT_TASKS.get(settings.task_type if settings else None, own)
+    if kind is None and (config.is_encoder_decoder or not architecture.endswith(HEADLESS)):
+        raise UsageError(
+            f"{folder} is a {architecture}: measured here are classifiers of texts and images and causal language "
+            "models; hf_ssam.sharpness measures any model"
+        )
+    has_head = own is not None and own == kind
+    return Opened(kind or "ForSequenceClassification", config, base, folder if settings else None, has_head)
+
+
+def adapter_settings(folder: str) -> Any | None:
+    """The configuration of an adapter; None where `folder` is a whole model, or nothing.
+
+    Raises:
+        UsageError: peft is not installed.
+    """
+    try:
+        found = find_adapter_config_file(folder)
+    except OSError:  # no name that the Hub could know
+        return None
+    if found is None:
+        return None
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise UsageError(f"{folder} is an adapter: pip install -c constraints.txt peft, to open it") from error
+    return PeftConfig.from_pretrained(folder)

@@ -72,6 +72,11 @@ class TextArguments(FileArguments):
         return {**super().files, "test": self.test_file}
 
     @property
+    def origin(self) -> dict[str, str | None]:
+        """What the training data are; nothing for an offline set."""
+        return {"dataset_name": GLUE, "dataset_config_name": self.task_name} if self.task_name else super().origin
+
+    @property
     def limits(self) -> dict[str, int | None]:
         """The most examples that each use may have."""
         return {**super().limits, "predict": self.max_predict_samples}
