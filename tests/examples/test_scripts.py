@@ -82,9 +82,11 @@ def test_supervised_fine_tuning(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_bare_loop_counts_each_batch_once():
-    out = run_script("train_loop_torch.py", "--steps", 3)
-    assert "results after 3 steps: accuracy" in out and "batches that BatchNorm counted: 3" in out
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_bare_loop_counts_each_batch_once(accumulate):
+    out = run_script("train_loop_torch.py", "--steps", 3, "--accumulate", accumulate)
+    counted = f"batches that BatchNorm counted: {3 * accumulate}"
+    assert "results after 3 steps: accuracy" in out and counted in out
     assert "passes 2" in out
 
 
