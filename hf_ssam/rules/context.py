@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .space import ParameterSpace
 from .state import MethodState
-from .vectors import Vector, added, copied, parts, restricted
+from .vectors import Vector, added, copied, parts, restricted, times
 
 
 @dataclass
@@ -52,15 +52,14 @@ class StepContext:
 
     def __post_init__(self) -> None:
         tensors, factor = parts(self.g)
-        self._norm = (tensors, _versions(tensors), self.grad_norm / abs(factor))
+        self._norm = (tensors, _versions(tensors), times(self.grad_norm, 1 / factor))
 
     def norm(self, v: Vector) -> Tensor:
         """`‖v‖`, shape (); asked twice of the same tensors, or of multiples of them, computed once."""
         tensors, factor = parts(v)
         if self._norm is None or self._norm[0] is not tensors or self._norm[1] != _versions(tensors):
             self._norm = (tensors, _versions(tensors), self.space.norm(tensors))
-        norm = self._norm[2]
-        return norm * abs(factor.to(norm.device) if isinstance(factor, Tensor) else factor)
+        return times(self._norm[2], factor)
 
     def release(self, keep_gradient: bool) -> None:
         """Let go of `g` before the second pass, unless the descent reads it: it is a model's worth of memory."""

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from . import device
+
 PIECE = 512
 """Numbers that are summed in float32: a relative error of 2e-11 over 1e8 numbers."""
 
@@ -24,7 +26,7 @@ SAFE = (1e-15, 1e15)
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of each tensor: shape (len(tensors),), float64 on the CPU, elsewhere float32 or wider."""
-    if all(t.device.type == "cpu" for t in tensors):
+    if all(device.on_host(t.device) for t in tensors):
         return torch.stack([_norm(t) for t in tensors])
     wide = any(t.dtype == torch.float64 for t in tensors)
     each = torch._foreach_norm(list(tensors), 2, dtype=torch.float64 if wide else torch.float32)
@@ -63,7 +65,7 @@ def _float32(flat: Tensor) -> Iterator[Tensor]:
 
 
 def _dot(u: Tensor, v: Tensor) -> Tensor:
-    if u.device.type != "cpu":
+    if not device.on_host(u.device):
         dtype = torch.promote_types(u.dtype, torch.float32)
         return torch.sum(u.to(dtype) * v.to(dtype))
     alike = u.stride() == v.stride()

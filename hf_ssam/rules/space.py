@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from . import norms
-from .vectors import Vector, multiply_, parts
+from .vectors import Vector, multiply_, parts, times
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class ParameterSpace:
         tensors, factor = parts(v)
         each = norms.norms(list(tensors.values()))
         each = self._summed(tensors, each.square()).sqrt() if self._sharded(tensors) else each
-        return each * abs(factor.to(each.device) if isinstance(factor, Tensor) else factor)
+        return times(each, factor)
 
     def norm(self, v: Vector) -> Tensor:
         """Global Euclidean norm of `v`: shape (), the same bits on every rank that holds `v` or a shard of it."""

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from . import device
 from .workspace import copies
 
 Vector = Mapping[str, Tensor]
@@ -77,14 +78,16 @@ def scaled(v: Vector, factor: float | Tensor) -> Vector:
     return Multiple(tensors, factor if not isinstance(own, Tensor) and own == 1 else own * factor)
 
 
-def read(factor: float | Tensor) -> float | Tensor:
-    """`factor` as a number where reading it costs nothing, that is on the CPU; elsewhere it stays on its device."""
-    return factor.item() if isinstance(factor, Tensor) and reads_are_free(factor.device) else factor
+def read(value: float | Tensor) -> float | Tensor:
+    """`value` as a number where reading it costs nothing, that is on the host; elsewhere it stays on its device."""
+    return value.item() if isinstance(value, Tensor) and device.on_host(value.device) else value
 
 
-def reads_are_free(device: torch.device) -> bool:
-    """Whether a value on `device` is there for the host without waiting (law 7)."""
-    return device.type == "cpu"
+def times(norm: Tensor, factor: float | Tensor) -> Tensor:
+    """`|factor| · norm`, on the norm's device."""
+    if isinstance(factor, Tensor):
+        return norm * factor.to(norm.device).abs()
+    return norm if abs(factor) == 1 else norm * abs(factor)
 
 
 def multiply_(tensors: list[Tensor], factor: float | Tensor) -> None:

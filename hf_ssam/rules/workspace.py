@@ -14,6 +14,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from . import device
+
 _CURRENT: ContextVar[Workspace | None] = ContextVar("workspace", default=None)
 
 
@@ -30,7 +32,7 @@ class Workspace:
     def __init__(self, keeps: bool = True):
         self._keeps = keeps
         self._free: dict[tuple, list[Tensor]] = {}
-        self._lent: list[Tensor] = []
+        self._lent: list[tuple[tuple, Tensor]] = []
 
     @property
     def kept(self) -> int:
@@ -48,22 +50,23 @@ class Workspace:
 
     def borrow(self, like: Tensor) -> Tensor:
         """A tensor laid out like `like`, its content undefined."""
-        if not self._keeps or like.device.type != "cpu":
+        if not self._keeps:
             return torch.empty_like(like)
-        free = self._free.get(_layout(like))
+        layout = like.shape, like.stride(), like.dtype
+        free = self._free.get(layout)
         tensor = free.pop() if free else torch.empty_like(like, requires_grad=False)
-        self._lent.append(tensor)
+        self._lent.append((layout, tensor))
         return tensor
 
     def reclaim(self, but: Iterable[Tensor] = ()) -> None:
         """Take back all that was borrowed, except the tensors `but`, which stay with who has them."""
         held = {id(t) for t in but}
         lent, self._lent = self._lent, []
-        for tensor in lent:
+        for layout, tensor in lent:
             if id(tensor) in held:
-                self._lent.append(tensor)
+                self._lent.append((layout, tensor))
             else:
-                self._free.setdefault(_layout(tensor), []).append(tensor)
+                self._free.setdefault(layout, []).append(tensor)
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -72,12 +75,8 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     if not tensors:
         return []
     with torch.no_grad():
-        if workspace is None or any(t.device.type != "cpu" for t in tensors):
+        if workspace is None or not all(device.on_host(t.device) for t in tensors):
             return list(torch._foreach_clone(tensors))
         new = [workspace.borrow(t) for t in tensors]
         torch._foreach_copy_(new, tensors)
     return new
-
-
-def _layout(t: Tensor) -> tuple:
-    return t.shape, t.stride(), t.dtype

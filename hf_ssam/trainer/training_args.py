@@ -11,9 +11,9 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import ExplicitEnum
 
 from ..engine.ranks import SCOPES
-from ..methods.options import parse_optim_args
 from ..methods import METHODS, Method, get_method
 from ..methods.method import checked_rho
+from ..methods.options import parse_optim_args
 from .schedules import RHO_SCHEDULES
 
 # HfArgumentParser narrows `OptimizerNames | str` to the enum and takes its values as choices, so the field needs an

@@ -142,6 +142,7 @@ def test_losses_are_compared_under_the_same_dropout():
     engine._passes._selection._selection = Selection(between=lambda a, b: (risen.append(b - a), torch.arange(4))[1])
     for batch in data():
         engine.step(backward_of(model, batch))
+        model.zero_grad()
     assert all(r.abs().max() == 0 for r in risen)
     with pytest.raises(ValueError, match="replay_rng: method `esam` compares losses of two passes"):
         TwoPass(model, "esam", replay_rng=False)
