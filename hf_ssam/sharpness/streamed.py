@@ -45,11 +45,17 @@ def form(loss: Tensor, leaves: list[Tensor], u: list[Tensor], v: list[Tensor]) -
     sums = [0.0, 0.0]
 
     def take(i: int, gradient: Tensor) -> None:
-        sums[0] += torch.tensordot(gradient, v[i], gradient.dim()).item()
+        sums[0] += _dot(gradient, v[i])
         sums[1] += torch.linalg.vector_norm(gradient).item() ** 2
 
     _stream_product(loss, leaves, u, take, retain_graph=True)
     return sums[0], sums[1] ** 0.5
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """Row by row where there are rows: `b` has strides that a product over all of it would first copy."""
+    rows = zip(a.split(2**10), b.split(2**10), strict=True) if a.dim() else [(a, b)]
+    return sum(torch.tensordot(x, y, x.dim()).item() for x, y in rows)
 
 
 def _stream_product(
