@@ -1,4 +1,4 @@
-"""Files of vectors: any layout writes, any other reads, bit for bit; a rank at a time, on a group that only pretends."""
+"""Files of vectors: any layout writes and any other reads, bit for bit; the ranks one by one, on torch's fake group."""
 
 from __future__ import annotations
 
