@@ -1,4 +1,4 @@
-"""Files of vectors: any layout writes and any other reads, bit for bit; the ranks one by one, on torch's fake group."""
+"""Files of vectors: any layout writes and any other reads, bit for bit; ranks one by one, on torch's fake group."""
 
 from __future__ import annotations
 
