@@ -272,8 +272,27 @@ _TABLE = (
     ),
 )
 
-METHODS: Mapping[str, Method] = MappingProxyType({m.name: m for m in _TABLE})
-"""The table, by name."""
+_BY_NAME = {m.name: m for m in _TABLE}
+METHODS: Mapping[str, Method] = MappingProxyType(_BY_NAME)
+"""The table, by name; `register_method` adds to it."""
+
+
+def register_method(method: Method) -> Method:
+    """Add a method of your own to `METHODS`: `optim`, resume and the model card then know it by its name.
+
+    Returns:
+        The method, so that a module can keep it.
+
+    Raises:
+        ValueError: if the name is taken, by another method or by a stock optimizer.
+    """
+    from transformers.training_args import OptimizerNames  # not needed to use the table
+
+    taken = "a method" if method.name in _BY_NAME else "a stock optimizer"
+    if method.name in (*_BY_NAME, *OptimizerNames):
+        raise ValueError(f"name: `{method.name}` is {taken} already; choose another name for your method.")
+    _BY_NAME[method.name] = method
+    return method
 
 
 def get_method(name: str, **options: Any) -> Method:
