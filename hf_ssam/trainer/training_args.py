@@ -18,7 +18,7 @@ from .optimizer_names import checked_base, checked_optim, optim_help, options_he
 from .schedules import RHO_SCHEDULES
 
 _STEPS_IN_BACKWARD = ("lomo", "adalomo")
-_OF_EVERY_RUN = ("optim", "optim_args", "sharpness_steps")
+_OF_EVERY_RUN = ("optim", "optim_args", "mend_loss_count", "sharpness_steps")
 
 
 @dataclass(repr=False)
