@@ -24,6 +24,7 @@ from ..methods.table import checked_rho
 from . import checks as refusals
 from .base_optimizer import BaseOptimizerMixin
 from .checkpoints import Settings
+from .hook_guard import HookGuardMixin
 from .loss_counts import LossCountMixin
 from .micro_batches import HostMixin, MicroBatch
 from .resuming import ResumeMixin
@@ -33,7 +34,9 @@ from .step_log import PREFIX, StepLog
 from .training_args import SSAMArgumentsMixin
 
 
-class SSAMTrainerMixin(BaseOptimizerMixin, HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, ModelCardMixin):
+class SSAMTrainerMixin(
+    BaseOptimizerMixin, HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, HookGuardMixin, ModelCardMixin
+):
     """Sharpness-aware training for any Trainer: `class MyTrainer(SSAMTrainerMixin, SFTTrainer): ...`.
 
     The constructor is the parent's. With `optim` a name in `hf_ssam.METHODS` every optimizer step uses the gradient
@@ -72,6 +75,7 @@ class SSAMTrainerMixin(BaseOptimizerMixin, HostMixin, SampleIdMixin, LossCountMi
     ) -> Tensor:
         """One micro-batch; after the last of a window `.grad` is the descent gradient, the weights untouched."""
         if self.two_pass is None:
+            self.check_prepared()
             return super().training_step(model, inputs, num_items_in_batch)
         last = self.accelerator.sync_gradients
         ids, inputs = ids_of(inputs), without_ids(inputs)
