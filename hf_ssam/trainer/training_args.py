@@ -57,6 +57,9 @@ class SSAMArgumentsMixin:
     Args:
         replay_rng (`bool`, defaults to `True`): give the second pass the random numbers of the first. Without it the
             two losses differ by their dropout masks as well as by the perturbation.
+        mend_loss_count (`bool`, defaults to `True`): divide a model's loss by the number of micro-batches where the
+            model takes `num_items_in_batch` and ignores it, with a stock `optim` too; a stock Trainer takes such a
+            loss for a share of the batch, and its gradient is `accumulation × processes` times too large.
         offload_snapshot (`bool`, defaults to `False`): keep the copy of the weights in host memory.
         free_snapshot (`bool`, defaults to `False`): give the memory of that copy back after each step. On the CPU it is
             kept otherwise, since fresh memory costs more than ten copies.
@@ -89,6 +92,13 @@ class SSAMArgumentsMixin:
     )
     replay_rng: bool = field(
         default=True, metadata={"help": "Give the second pass the random numbers of the first (same dropout)."}
+    )
+    mend_loss_count: bool = field(
+        default=True,
+        metadata={
+            "help": "Divide a mean loss that ignores num_items_in_batch by the number of micro-batches, with a stock "
+            "optim too; a stock Trainer takes it for a share of the batch: accumulation × processes times too large."
+        },
     )
     offload_snapshot: bool = field(default=False, metadata={"help": "Keep the copy of the weights in host memory."})
     free_snapshot: bool = field(

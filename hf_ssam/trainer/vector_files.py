@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ..rules.tensors import local
+from ..rules.space import local
 
 DTYPES = {str(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 

@@ -8,13 +8,13 @@ import json
 import pytest
 import torch
 import yaml
+from hf_ssam.methods.recipes import Rules
 from transformers import HfArgumentParser, Trainer, TrainingArguments, default_data_collator
 from trl import SFTConfig
 
 from hf_ssam import METHODS, Method, SSAMArgumentsMixin, SSAMTrainer, SSAMTrainingArguments, TwoPass
 from hf_ssam.methods import table
 from hf_ssam.methods.options import Option
-from hf_ssam.methods.recipes import Rules
 from hf_ssam.rules.ascent import normalize
 from hf_ssam.rules.context import chain
 from tests.support.cases import arguments, assert_close, assert_identical, bert, text_data, trained, weights
