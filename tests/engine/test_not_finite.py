@@ -55,7 +55,7 @@ def test_a_step_is_skipped_where_one_number_alone_is_not_finite(spoiled, name, b
     assert not engine.step(spoiling(model, batches[1], what, 2, by)).skipped
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [n for n in METHODS if METHODS[n] > 0])
 @pytest.mark.parametrize("spoiled", [s for s, (what, _) in SPOILED.items() if what == "loss"])
 def test_a_skipped_step_spoils_its_gradient_under_a_loss_scale(spoiled, name):
     """A GradScaler looks at gradients alone: these are finite, so the engine has to say it there."""
