@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from transformers.distributed.fsdp import is_fsdp_managed_module
 
+from ..engine.batches import batch_size, part_of
 from ..engine.two_pass import TwoPass
 from .checks import refuse_other_samples
 
@@ -168,32 +169,6 @@ def _cloned(inputs: dict[str, Any]) -> dict[str, Any]:
 def _versions(inputs: dict[str, Any]) -> list[int]:
     """How often each tensor has been written to; inference tensors, which nothing can write to, have no such count."""
     return [t._version for t in _tensors(inputs) if not t.is_inference()]
-
-
-def batch_size(inputs: Mapping[str, Any]) -> int:
-    """Number of samples in a batch: the length of its labels, or of its first tensor."""
-    first = inputs["labels"] if "labels" in inputs else next(t for t in inputs.values() if isinstance(t, Tensor))
-    return len(first)
-
-
-def part_of(inputs: Mapping[str, Any], indices: Tensor) -> dict[str, Any]:
-    """The samples `indices` of a batch.
-
-    Raises:
-        ValueError: if a tensor's first dimension does not run over the samples, as with images packed into one row.
-    """
-    size, part = batch_size(inputs), {}
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.dim():
-            if len(value) != size:
-                raise ValueError(
-                    f"inputs: `{name}` has {len(value)} rows where the batch has {size} samples, so it cannot be "
-                    "cut into samples; choose a method and an ascent_scope that use whole micro-batches."
-                )
-            part[name] = value[indices.to(value.device)]
-        else:
-            part[name] = [value[i] for i in indices.tolist()] if isinstance(value, list) else value
-    return part
 
 
 class HostMixin:
