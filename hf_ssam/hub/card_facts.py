@@ -15,7 +15,8 @@ from transformers.modelcard import parse_log_history
 
 from ..methods.table import Method, checked_rho
 from ..trainer.checkpoints import TRAINER_STATE, sorted_checkpoints
-from .command_line import public
+from .markdown import code
+from .redaction import is_secret, public
 
 Log = Sequence[Mapping[str, Any]]
 
@@ -119,20 +120,21 @@ def compute_cost(log: Log, method: Method, steps: int, plain: PlainRun | None) -
 
 
 def method_settings(args: Any, method: Method) -> dict[str, str]:
-    """Method, radius, options, scope and base optimizer, as the card's table shows them."""
+    """Method, radius, options, scope and base optimizer, as the card's table shows them: Markdown."""
     betas = f" (betas {args.adam_beta1:g}, {args.adam_beta2:g}; epsilon {args.adam_epsilon:g})"
     optimizer = args.base_optim.value
     rows = {
-        "Method": f"`{method.name}`",
-        "Radius ρ": f"{checked_rho(args.rho, method):g}, schedule `{args.rho_scheduler_type}`",
-        "Options": ", ".join(f"`{name}={_literal(value)}`" for name, value in method.values.items()),
-        "Perturbed parameters": f"`{args.perturb}`",
+        "Method": code(method.name),
+        "Radius ρ": f"{checked_rho(args.rho, method):g}, schedule {code(args.rho_scheduler_type)}",
+        "Options": ", ".join(code(f"{name}={_literal(value)}") for name, value in method.values.items()),
+        "Perturbed parameters": code(public(args.perturb)),
         "Perturbed steps": _perturbed_steps(args.ascent_start, args.ascent_interval),
-        "Ascent scope": f"`{args.ascent_scope}`",
+        "Ascent scope": code(args.ascent_scope),
         "Same random numbers in both passes": "yes" if args.replay_rng else "no",
-        "Base optimizer": f"`{optimizer}`{betas if 'adam' in optimizer else ''}",
+        "Base optimizer": f"{code(optimizer)}{betas if 'adam' in optimizer else ''}",
     }
-    return rows | ({"Base optimizer arguments": f"`{args.base_optim_args}`"} if args.base_optim_args else {})
+    base_args = {"Base optimizer arguments": code(public(args.base_optim_args))} if args.base_optim_args else {}
+    return rows | base_args
 
 
 def _literal(value: Any) -> str:
@@ -153,7 +155,7 @@ def changed_arguments(args: Any) -> dict[str, str]:
         value = getattr(args, field.name)
         value = value.value if isinstance(value, Enum) else value
         is_default = value == field.default or not (value or field.default)
-        if isinstance(value, str | int | float) and not is_default and not field.name.endswith("_token"):
+        if isinstance(value, str | int | float) and not is_default and not is_secret(field.name):
             changed[field.name] = repr(public(value) if isinstance(value, str) else value)
     return changed
 

@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import ExplicitEnum
 
 from ..engine.ranks import SCOPES
+from ..hub.redaction import masked
 from ..methods.options import parse_optim_args
 from ..methods.table import METHODS, Method, checked_rho, get_method
 from .schedules import RHO_SCHEDULES
@@ -149,6 +150,10 @@ class SSAMArgumentsMixin:
         stock = copy.copy(self)
         stock.optim, stock.optim_args = self.base_optim, self.base_optim_args
         return stock
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the parent's, which trackers log and callbacks write; it hides tokens, this hides every secret field."""
+        return masked(super().to_dict(), lambda name: f"<{name.upper()}>")
 
     def check_ssam(self) -> None:
         """Refuse what cannot work, naming the argument and the way out.
