@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 from transformers.modelcard import parse_log_history
 
 from ..methods.table import Method, checked_rho
-from ..trainer.checkpoints import TRAINER_STATE, sorted_checkpoints
+from ..run_folder import read_run
 from .markdown import code
 from .redaction import is_secret, public
 
@@ -175,18 +174,14 @@ def public_base_model(name: Any, model: Any) -> dict[str, str | None]:
 
 
 def plain_run(folder: str | Path) -> PlainRun:
-    """What a run folder's `trainer_state.json` tells, its own (`trainer.save_state()`) or its last checkpoint's.
+    """What the folder of a run with the plain optimizer tells.
 
     Raises:
-        ValueError: where the folder holds neither.
+        ValueError: where the folder holds no state of a run, or a damaged one.
     """
-    for place in [Path(folder), *reversed(sorted_checkpoints(folder))]:
-        path = place / TRAINER_STATE
-        if path.is_file():
-            state = json.loads(path.read_text("utf-8"))
-            _, after = evaluations(state["log_history"], {}, state.get("best_global_step"))
-            seconds = [e["train_runtime"] for e in state["log_history"] if "train_runtime" in e]
-            return PlainRun(after, seconds[-1] if seconds else None, Path(folder).name)
-    raise ValueError(
-        f"card_baseline: {folder} holds no trainer_state.json; call trainer.save_state() at the end of the plain run."
-    )
+    try:
+        run = read_run(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"card_baseline: {error}") from error
+    seconds = [entry["train_runtime"] for entry in run.log if "train_runtime" in entry]
+    return PlainRun(evaluations(run.log, {}, run.best_step)[1], seconds[-1] if seconds else None, Path(folder).name)
