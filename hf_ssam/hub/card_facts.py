@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.modelcard import parse_log_history
 
-from ..methods.table import Method, checked_rho
+from ..methods.method import Method, checked_rho
 from ..run_folder import read_run
 from .markdown import code
 from .redaction import is_secret, public

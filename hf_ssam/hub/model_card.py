@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.modelcard import TASK_MAPPING, extract_hyperparameters_from_trainer
 
-from ..methods.table import METHODS
+from ..methods import METHODS, Paper
 from .card_facts import (
     changed_arguments,
     compute_cost,
@@ -61,7 +61,7 @@ class ModelCardMixin(HubMixin):
 
     _card_tags: tuple[str, ...] = ("ssam", "sharpness-aware-minimization")
     _card_name: str = "hf_ssam"
-    _card_methods: tuple[str, ...] = ("ssam",)
+    _card_papers: tuple[Paper, ...] = (METHODS["ssam"].paper,)
     _card_template: str = "model_card.md"
     _card_section: str = "model_card_section.md"
 
@@ -105,7 +105,7 @@ class ModelCardMixin(HubMixin):
         inner = model.get_base_model() if is_peft_model(model) else model
         plain = plain_run(self.card_baseline) if self.card_baseline else None
         before, after = evaluations(log, self._metrics_before, self.state.best_global_step)
-        cited = [*(METHODS[name].paper for name in self._card_methods), method.paper]
+        cited = dict.fromkeys((*self._card_papers, method.paper))
         hyperparameters = extract_hyperparameters_from_trainer(self)
         hyperparameters.pop("optimizer", None)
         return {
@@ -131,7 +131,7 @@ class ModelCardMixin(HubMixin):
             "arguments": changed_arguments(args),
             "hyperparameters": hyperparameters,
             "versions": versions(),
-            "papers": list(dict.fromkeys(cited)),
+            "papers": list(cited),
         }
 
 
