@@ -169,7 +169,7 @@ def public_base_model(name: Any, model: Any) -> dict[str, str | None]:
     if not path:
         return {"id": None, "folder": None}
     if os.path.isdir(path) or not REPO_ID.fullmatch(path):
-        return {"id": None, "folder": Path(path).name}
+        return {"id": None, "folder": Path(public(path)).name}
     return {"id": path, "folder": None}
 
 

@@ -160,10 +160,8 @@ def front_matter(data: ModelCardData, facts: Mapping[str, Any]) -> ModelCardData
     data.tags = list(dict.fromkeys([*listed(data.tags), *facts["tags"]]))
     data.base_model = facts["base"]["id"]
     data.datasets = listed(data.datasets) or None
-    data.eval_results = None
     results = eval_results(facts)
-    if results:
-        data.model_name, data.eval_results = facts["name"], results
+    data.model_name, data.eval_results = (facts["name"], results) if results else (None, None)
     return data
 
 

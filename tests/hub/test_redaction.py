@@ -21,6 +21,7 @@ from hf_ssam.hub.card_facts import changed_arguments
 from hf_ssam.hub.command_line import repeat_command
 from hf_ssam.hub.redaction import HIDDEN, cleaned, is_secret, pickled_without_secrets, public
 from tests.support.hub_client import Client
+from tests.support.hub_run import trainer
 from tests.support.hub_server import TOKEN, HubStandIn
 
 SECRET_NAMES = (
@@ -225,6 +226,22 @@ def test_arguments_of_a_subclass_keep_their_secrets(tmp_path):
     assert not secrets.keys() & shown.keys()
     assert "tellnoone" not in args.to_json_string() + str(args.to_sanitized_dict())
     assert args.to_dict()["model_init_kwargs"] == {"token": "<TOKEN>", "dtype": "float32"}
+
+
+def test_fields_of_the_card_are_public(tmp_path, monkeypatch):
+    """In a session without a command, the arguments themselves are shown."""
+    monkeypatch.setattr("hf_ssam.hub.model_card.repeat_command", lambda *a: None)
+    place, url = "/home/tellnoone/x", "https://me:tellnoone@host.org"
+    free = {"base_optim_args": "api_key=tellnoone", "perturb": place, "run_name": f"at {place}", "project": url}
+    run = trainer(SSAMTrainingArguments(str(tmp_path / "tellnoone" / "run"), use_cpu=True, report_to="none", **free))
+    run.create_model_card(dataset=[url, place], dataset_tags=place, model_name=place, finetuned_from=url)
+    card = Path(run.args.output_dir, "README.md").read_text()
+    assert "tellnoone" not in card
+    assert "# PATH_TO/x\n" in card
+    assert "on https://host.org and PATH_TO/x with" in card
+    assert f"base_optim_args='api_key={HIDDEN}'," in card and "project='https://host.org'," in card
+    assert f"`api_key={HIDDEN}`" in card and "run_name='at PATH_TO/x'," in card
+    assert ModelCard(card).data.datasets == ["PATH_TO/x"]
 
 
 def test_pickled_arguments_keep_all_but_the_secrets(tmp_path):
