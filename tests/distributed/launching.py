@@ -1,7 +1,7 @@
 """Two processes that start once for the whole session, and run a scenario when a test asks for its result.
 
-A scenario only runs and saves what came out; what must hold is asserted by the tests, in the process of pytest, so that
-one start serves many tests and a failure names the cell that broke.
+A scenario only runs and saves what came out; what must hold is asserted by the tests, in the process of pytest, so
+that one start serves many tests and a failure names the cell that broke.
 """
 
 from __future__ import annotations
