@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..rules.tensors import Snapshot, local
+from ..rules.snapshot import Snapshot
+from ..rules.space import local
 
 
 class RandomState:

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.modelcard import parse_log_history
 
-from ..methods.table import Method, checked_rho
+from ..methods.method import Method, checked_rho
 from ..trainer.checkpoints import TRAINER_STATE, sorted_checkpoints
 from .command_line import public
 

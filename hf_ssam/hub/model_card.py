@@ -30,8 +30,7 @@ from transformers import (
 )
 from transformers.modelcard import TASK_MAPPING, extract_hyperparameters_from_trainer
 
-from ..methods import papers
-from ..methods.papers import Paper
+from ..methods import METHODS, Paper
 from .card_facts import (
     changed_arguments,
     compute_cost,
@@ -60,7 +59,7 @@ class ModelCardMixin(HubMixin):
 
     _card_tags: tuple[str, ...] = ("ssam", "sharpness-aware-minimization")
     _card_name: str = "hf_ssam"
-    _card_papers: tuple[Paper, ...] = (papers.SSAM,)
+    _card_papers: tuple[Paper, ...] = (METHODS["ssam"].paper,)
     _card_template: str = "model_card.md"
     _card_section: str = "model_card_section.md"
 

@@ -24,6 +24,7 @@ class Option:
         above: whether `low` itself is excluded.
         choices: the values allowed, for a string.
         only_if: another option, and the values of it without which this one has no effect; None: it always has.
+        rho: the method's default radius where this option is on; None: as it is.
     """
 
     default: Value
@@ -33,6 +34,7 @@ class Option:
     above: bool = False
     choices: tuple[str, ...] = ()
     only_if: tuple[str, tuple[Value, ...]] | None = None
+    rho: float | None = None
 
     def read(self, method: str, name: str, raw: Any) -> Value:
         """`raw` as this option's type.

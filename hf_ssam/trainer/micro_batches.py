@@ -56,7 +56,6 @@ class MicroBatch:
         if indices is not None:
             inputs = part_of(inputs, indices)
             num_items = self.trainer.recounted(num_items, self.inputs, inputs)
-        self.trainer.two_pass.batch = inputs
         with self.trainer.synchronized(self.model, self.last), self._uncounted(inputs), self._weighted():
             return self.step(self.model, {**inputs}, num_items)
 
@@ -84,6 +83,8 @@ class MicroBatch:
 
     def split(self, parts: int) -> list[MicroBatch]:
         """This micro-batch in `parts` of nearly equal size; fewer where it has fewer samples."""
+        if parts == 1:
+            return [self]
         size = batch_size(self.inputs)
         pieces = [piece for piece in torch.arange(size).tensor_split(parts) if len(piece)]
         return [

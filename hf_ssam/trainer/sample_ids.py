@@ -61,7 +61,7 @@ class SampleIdMixin:
         Raises:
             ValueError: if the method scores samples and the data set cannot tell them apart.
         """
-        if not (self.args.is_sharpness_aware and self.args.method().rules().needs_ids):
+        if not (self.args.is_sharpness_aware and self.args.method().build().needs_ids):
             return super().get_train_dataloader()
         dataset = self.train_dataset
         if isinstance(dataset, IterableDataset) or not has_length(dataset):

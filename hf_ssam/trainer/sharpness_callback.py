@@ -136,7 +136,7 @@ class SharpnessCallback(TrainerCallback):
         targets = {n: t for n, t in named.items() if n in engine.perturbed}
         w = {stable_name(n): t for n, t in objective.weights().items() if stable_name(n) in targets}
         at = StepContext(engine.space, w, named, length(g), rho)
-        u = engine.method.rules().ascent(targets, at)
+        u = engine.method.build().ascent(targets, at)
         return objective.gradient(
             objective.flat({n: u[stable_name(n)] for n in objective.params if stable_name(n) in u}) * rho
         )

@@ -11,8 +11,9 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import ExplicitEnum
 
 from ..engine.ranks import SCOPES
+from ..methods import METHODS, Method, get_method
+from ..methods.method import checked_rho
 from ..methods.options import parse_optim_args
-from ..methods.table import METHODS, Method, checked_rho, get_method
 from .schedules import RHO_SCHEDULES
 
 # HfArgumentParser narrows `OptimizerNames | str` to the enum and takes its values as choices, so the field needs an
@@ -72,6 +73,8 @@ class SSAMArgumentsMixin:
         replay_rng (`bool`, defaults to `True`): give the second pass the random numbers of the first. Without it the
             two losses differ by their dropout masks as well as by the perturbation.
         offload_snapshot (`bool`, defaults to `False`): keep the copy of the weights in host memory.
+        free_snapshot (`bool`, defaults to `False`): give the memory of that copy back after each step. On the CPU it is
+            kept otherwise, since fresh memory costs more than ten copies.
         sharpness_steps (`int`, *optional*): measure the curvature every n steps.
     """
 
@@ -102,6 +105,9 @@ class SSAMArgumentsMixin:
         default=True, metadata={"help": "Give the second pass the random numbers of the first (same dropout)."}
     )
     offload_snapshot: bool = field(default=False, metadata={"help": "Keep the copy of the weights in host memory."})
+    free_snapshot: bool = field(
+        default=False, metadata={"help": "Give the memory of that copy back after each step (CPU)."}
+    )
     sharpness_steps: int | None = field(
         default=None, metadata={"help": "Measure and log the curvature every n steps; None: never."}
     )

@@ -14,10 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from hf_ssam import SSAMTrainer, TwoPass, get_method
-from hf_ssam.methods.recipes import Rules
-from hf_ssam.methods.table import Method
+from hf_ssam.methods import Method, Rules
 from hf_ssam.rules.context import StepContext
-from hf_ssam.rules.tensors import Vector
+from hf_ssam.rules.vectors import Vector
 from tests.distributed.launching import Scenario, main
 from tests.distributed.loops import narrow, own_batches, squared
 from tests.distributed.scenarios import (
@@ -164,7 +163,7 @@ def keeping(v: Vector, at: StepContext) -> Vector:
 def keeper() -> Method:
     """A method whose descent reads the first gradient."""
     method = get_method("sam")
-    return replace(method, build=lambda **_: Rules(method.rules().ascent, keeping, keeps_gradient=True))
+    return replace(method, rules=lambda **_: Rules(method.build().ascent, keeping, keeps_gradient=True))
 
 
 def views(scope: str, folder: Path) -> dict[str, Any]:

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from hf_ssam import Method, SSAMTrainer, TwoPass
+from hf_ssam import METHODS, Method, SSAMTrainer, TwoPass
 from hf_ssam.engine.precision import survival
-from hf_ssam.methods import papers
-from hf_ssam.methods.recipes import Rules
-from hf_ssam.rules.tensors import added, scaled
+from hf_ssam.methods import Rules, added, scaled
 from tests.support.cases import (
     CASES,
     MAIN_CASES,
@@ -106,12 +104,12 @@ def ema_method(adopt=None) -> Method:
     """A toy that keeps a vector: u is the normalised average of the gradients so far."""
 
     def ascent(v, at):
-        m = added(scaled(v, 0.5), scaled(at.memory.read("m"), 0.5))
-        at.memory.stage("m", m)
+        m = added(scaled(v, 0.5), scaled(at.state.read("m"), 0.5))
+        at.state.stage("m", m)
         return scaled(m, 1.0 / (at.space.norm(m) + 1e-12))
 
     values = {"renormalize": False, "max_scale": math.inf}
-    return Method("toy", "a toy", lambda: Rules(ascent=ascent), 0.1, papers.SAM, values=values)
+    return Method("toy", "a toy", lambda: Rules(ascent=ascent), 0.1, METHODS["sam"].paper, values=values)
 
 
 class Run:

@@ -18,7 +18,6 @@ from hf_ssam.hub.card_facts import PlainRun, compute_cost, evaluations, plain_ru
 from hf_ssam.hub.command_line import cleaned, repeat_command, wrapped
 from hf_ssam.hub.model_card import cell
 from hf_ssam.hub.push import explain, later_command, other_content
-from hf_ssam.methods import papers as cited_papers
 from tests.support.hub_run import tokenizer, trainer
 
 QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 4}
@@ -107,7 +106,7 @@ def test_every_method_has_a_card_before_it_has_a_log(tmp_path, name):
     run = trainer(arguments(tmp_path / "run", optim=name))
     card = card_of(run)
     assert METHODS[name].summary in card.text and name in card.data.tags
-    for paper in (cited_papers.SSAM, METHODS[name].paper):
+    for paper in (METHODS["ssam"].paper, METHODS[name].paper):
         assert card.text.count(paper.bibtex) == 1
 
 
@@ -158,7 +157,7 @@ def test_a_trainer_with_its_own_card_keeps_it(tmp_path):
     card = card_of(run, model_name="mine")
     assert {"trl", "sft", "ssam"} <= set(card.data.tags)
     assert "# Model Card for mine" in card.text and "## Trained with sharpness-aware minimisation" in card.text
-    assert card.text.count("## Trained with") == 1 and cited_papers.SSAM.bibtex in card.text
+    assert card.text.count("## Trained with") == 1 and METHODS["ssam"].paper.bibtex in card.text
 
 
 def test_the_plain_run_is_compared_with(tmp_path, trained):

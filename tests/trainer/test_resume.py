@@ -140,7 +140,7 @@ def test_a_method_that_changes_over_the_run_counts_the_steps_of_a_stock_optimize
     begun = ended(arguments(TrainingArguments, optim="adamw_torch", **stock), cls=Trainer)
     case = Case("sparse_sam", {"mask": "dynamic"})
     resumed = ended(case_arguments(case, **SAVED), f"{begun.args.output_dir}/checkpoint-2")
-    assert (resumed.two_pass.steps, resumed.two_pass.elapsed) == (2, 4)
+    assert (resumed.two_pass.clock.steps, resumed.two_pass.clock.elapsed) == (2, 4)
 
 
 def test_an_ssam_run_goes_on_with_a_stock_optimizer():

@@ -210,4 +210,4 @@ def test_the_engine_knows_how_far_the_run_is_also_where_steps_are_not_perturbed(
     """A dynamic mask decays over the whole run."""
     args = case_arguments(Case("sparse_sam", {"mask": "dynamic"}), max_steps=4, ascent_start=1, ascent_interval=2)
     trainer = trained(bert(0.0), args, text_data())
-    assert (trainer.two_pass.steps, trainer.two_pass.elapsed) == (2, 4)
+    assert (trainer.two_pass.clock.steps, trainer.two_pass.clock.elapsed) == (2, 4)

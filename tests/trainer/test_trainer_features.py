@@ -132,7 +132,7 @@ def test_auto_find_batch_size_begins_anew_with_fewer_samples(case: Case):
     trainer.train()
     assert trainer.sizes[:6] == [8] * 6
     assert trainer.state.global_step == 4 and max(trainer.sizes[6:]) < 8
-    assert not trainer.two_pass.is_open and trainer.two_pass.steps <= 4
+    assert not trainer.two_pass.is_open and trainer.two_pass.clock.steps <= 4
     assert all(t.isfinite().all() for t in weights(trainer.model).values())
     assert any(not torch.equal(first[n], t) for n, t in weights(trainer.model).items())
 
