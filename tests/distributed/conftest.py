@@ -11,14 +11,6 @@ from tests.distributed.launching import Runs, TwoProcesses
 from tests.distributed.loops import SETTINGS, alone
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that ask the two processes go to one worker of pytest-xdist, so that no other starts them again."""
-    for item in items:
-        if "two_processes" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("two_processes"))
-
-
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoProcesses]:
     """Two ranks that run scenarios until the session ends."""
@@ -36,8 +28,9 @@ def ddp(two_processes: TwoProcesses) -> Runs:
 @pytest.fixture(scope="session")
 def fsdp2(two_processes: TwoProcesses) -> Runs:
     """What those of `fsdp2_worker.py` leave; they find in `alone` the state that a single process saved."""
-    save_state(two_processes.folder / "alone", SETTINGS, alone().state_dict(), True, 10.0)
-    return Runs(two_processes, "fsdp2")
+    runs = Runs(two_processes, "fsdp2")
+    save_state(runs.folder / "alone", SETTINGS, alone().state_dict(), True, 10.0)
+    return runs
 
 
 @pytest.fixture(scope="session")

@@ -42,9 +42,15 @@ def run(
     )
 
 
+def torchrun(worker: str, *argv: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of this folder in two processes of its own, on ports that are free."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}")
+    return run([*launcher, str(HERE / worker), *argv])
+
+
 def files_of(folder: Path, name: str) -> list[Path]:
     """What the scenario `name` leaves in `folder`: a file a rank."""
-    return [folder / f"{name.replace('/', '.')}.rank{r}.pt" for r in range(WORLD)]
+    return [folder / name / f"rank{r}.pt" for r in range(WORLD)]
 
 
 class TwoProcesses:
@@ -106,28 +112,24 @@ class Runs:
 
     def __init__(self, processes: TwoProcesses, kind: str):
         self._processes, self._kind = processes, kind
+        self.folder = processes.folder / kind
 
     def __getitem__(self, name: str) -> list[Any]:
         return self._processes[f"{self._kind}/{name}"]
-
-    def folder(self, name: str) -> Path:
-        """The scenario's own folder."""
-        return self._processes.folder / f"{self._kind}.{name}"
 
 
 def main(scenarios: Mapping[str, Scenario]) -> None:
     """Run the scenarios that the command line names, `worker.py FOLDER [NAME …]`, or those that standard input names.
 
-    Each has a folder of its own in FOLDER. The name of one that is done is written to standard output.
+    Each has a folder of its own in FOLDER, by its name. The name of one that is done is written to standard output.
     """
     torch.set_num_threads(1)
     folder, done = Path(sys.argv[1]), sys.stdout
     for name in sys.argv[2:] or map(str.strip, sys.stdin):
-        own = folder / name.replace("/", ".")
-        own.mkdir(parents=True, exist_ok=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
         with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints each log entry
-            result = scenarios[name](own)
+            result = scenarios[name](folder / name)
         assert dist.get_world_size() == WORLD, f"{dist.get_world_size()} processes in place of {WORLD}"
         torch.save(result, files_of(folder, name)[dist.get_rank()])
         print(name, file=done, flush=True)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 
 def test_two_ranks_write_and_one_reads(fsdp2: Runs):
     two_pass, ranks = alone(), fsdp2["states"]
-    state = load_state(fsdp2.folder("states") / "two", two_pass.space.params)
+    state = load_state(fsdp2.folder / "states" / "two", two_pass.space.params)
     for rank in ranks:
         assert state["memory"].keys() == rank["saved"]["memory"].keys()
         for slot, vector in rank["saved"]["memory"].items():

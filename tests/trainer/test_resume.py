@@ -97,6 +97,7 @@ def assert_resumes(**given) -> None:
 ACCUMULATED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 
 
+@pytest.mark.few_methods
 def test_every_method_resumes_bit_for_bit(case: Case):
     given = SAVED if case.method != "adasam" else {k: v for k, v in SAVED.items() if k != "base_optim"}
     whole = ended(case_arguments(case, **given, **ACCUMULATED))

@@ -61,6 +61,7 @@ def test_the_run_does_not_see_it(make, data):
     assert_identical(copied(watched), copied(plain))
 
 
+@pytest.mark.few_methods
 def test_every_method_can_be_watched(case):
     _, _, entries = measured(bert(), case_arguments(case, sharpness_steps=1, max_steps=1), text_data(16))
     assert 0 <= entries[0]["sharpness/ascent_grad_alignment"] <= 1 + 1e-6
