@@ -80,12 +80,11 @@ def register_method(method: Method) -> Method:
     """
     from transformers.training_args import OptimizerNames  # slow to import, and only needed here
 
-    taken = {*METHODS, *(o.value for o in OptimizerNames)}
-    if method.name in taken or not method.name.isidentifier():
-        raise ValueError(
-            f"register_method: the name `{method.name}` is taken or is not made of letters, digits and `_`; choose "
-            f"another, such as `my_{method.name}`."
-        )
+    taken = "a method" if method.name in METHODS else "a stock optimizer"
+    if method.name in (*METHODS, *(o.value for o in OptimizerNames)):
+        raise ValueError(f"name: `{method.name}` is {taken} already; choose another name for your method.")
+    if not method.name.isidentifier():
+        raise ValueError(f"name: `{method.name}` is no plain word; use letters, digits and `_`, such as my_sam.")
     method.with_options()
     _TABLE[method.name] = method
     return method

@@ -22,7 +22,9 @@ from ..engine.two_pass import TwoPass
 from ..hub.model_card import ModelCardMixin
 from ..methods.method import checked_rho
 from . import checks as refusals
+from .base_optimizer import BaseOptimizerMixin
 from .checkpoints import Settings
+from .hook_guard import HookGuardMixin
 from .loss_counts import LossCountMixin
 from .micro_batches import HostMixin, MicroBatch
 from .resuming import ResumeMixin
@@ -32,7 +34,9 @@ from .step_log import PREFIX, StepLog
 from .training_args import SSAMArgumentsMixin
 
 
-class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, ModelCardMixin):
+class SSAMTrainerMixin(
+    BaseOptimizerMixin, HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, HookGuardMixin, ModelCardMixin
+):
     """Sharpness-aware training for any Trainer: `class MyTrainer(SSAMTrainerMixin, SFTTrainer): ...`.
 
     The constructor is the parent's. With `optim` a name in `hf_ssam.METHODS` every optimizer step uses the gradient
@@ -66,19 +70,12 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
 
             self.add_callback(SharpnessCallback(self))
 
-    def get_optimizer_cls_and_kwargs(self, args: Any, model: nn.Module | None = None) -> tuple[Any, Any]:
-        """The base optimizer's class and arguments; `adasam` brings its own."""
-        own = args.method().optimizer if args.is_sharpness_aware else None
-        if own is not None:
-            betas = (args.adam_beta1, args.adam_beta2)
-            return own, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
-        return super().get_optimizer_cls_and_kwargs(args.base_arguments(), model)
-
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One micro-batch; after the last of a window `.grad` is the descent gradient, the weights untouched."""
         if self.two_pass is None:
+            self.check_prepared()
             return super().training_step(model, inputs, num_items_in_batch)
         last = self.accelerator.sync_gradients
         ids, inputs = ids_of(inputs), without_ids(inputs)

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..engine.parameters import stable_name
 from ..engine.replay import unchanged
-from ..methods.table import Method, checked_rho
+from ..methods.method import Method, checked_rho
 from ..rules.context import StepContext
 from ..sharpness import Edges, Objective, edge_of_stability
 from ..sharpness.arithmetic import length

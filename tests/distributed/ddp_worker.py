@@ -278,6 +278,9 @@ SCENARIOS: dict[str, Scenario] = {
         )
         for scope in SCOPES
     },
+    "resume/vectors": lambda folder: resumed(
+        Case("friendly_sam"), bert, text_data(), folder, per_device_train_batch_size=4, **ADAMW
+    ),
 }
 
 if __name__ == "__main__":

@@ -117,6 +117,11 @@ class Runs:
     def __getitem__(self, name: str) -> list[Any]:
         return self._processes[f"{self._kind}/{name}"]
 
+    def folder_of(self, name: str) -> Path:
+        """Where scenario `name` has written."""
+        assert self[name]
+        return self.folder / name
+
 
 def main(scenarios: Mapping[str, Scenario]) -> None:
     """Run the scenarios that the command line names, `worker.py FOLDER [NAME …]`, or those that standard input names.

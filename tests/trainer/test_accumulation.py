@@ -14,8 +14,6 @@ from tests.support.cases import (
     CASES,
     MAIN_CASES,
     Case,
-    MendedTrainer,
-    arguments,
     assert_close,
     bert,
     case_arguments,
@@ -111,55 +109,6 @@ def test_label_smoothing_accumulates_too(split: str):
         weights(run(Case("ssam"), "gpt2", **SPLITS[split], **given)),
         weights(run(Case("ssam"), "gpt2", **WHOLE, **given)),
     )
-
-
-@pytest.mark.parametrize("optim", ["ssam", "sgd"])
-def test_a_loss_that_ignores_the_count_is_mended_and_warned_of_once(optim: str):
-    """The stock name is mended as well: the baseline must see the same loss."""
-
-    def logged(split: dict) -> tuple[list[float], dict[str, Tensor]]:
-        args = arguments(optim=optim, base_optim="sgd", max_steps=6, **split)
-        trainer = trained(bert(dropout=0.0), args, text_data())
-        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], weights(trainer.model)
-
-    with pytest.warns(UserWarning, match=MENDED) as caught:
-        split_losses, split_weights = logged(SPLITS["4x2"])
-    assert sum(MENDED in str(w.message) for w in caught) == 1
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=f".*{MENDED}")
-        whole_losses, whole_weights = logged(WHOLE)
-    assert split_losses == pytest.approx(whole_losses, abs=1e-6)
-    assert_close(split_weights, whole_weights)
-
-
-def test_the_mend_is_the_stock_trainer_told_the_truth():
-    """With `optim=sgd` the mended run is the stock Trainer with `model_accepts_loss_kwargs = False`, to the bit."""
-    args = arguments(optim="sgd", max_steps=6, **SPLITS["4x2"])
-    with pytest.warns(UserWarning, match=MENDED):
-        ours = trained(bert(), args, text_data())
-    stock = trained(bert(), args, text_data(), cls=MendedTrainer)
-    assert_close(weights(ours.model), weights(stock.model), atol=0)
-
-
-def test_a_loss_that_heeds_the_count_is_left_alone():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=f".*{MENDED}")
-        trainer = trained(gpt2(), arguments(max_steps=2, **SPLITS["4x2"]), lm_data())
-    assert trainer.model_accepts_loss_kwargs
-
-
-def test_the_probe_of_the_loss_draws_no_random_number():
-    """Two forwards nobody sees: a run whose first batch is probed equals one that was told beforehand."""
-    args = arguments(max_steps=3, base_optim="sgd", **SPLITS["4x2"])
-    with pytest.warns(UserWarning, match=MENDED):
-        probed = trained(bert(), args, text_data())
-
-    class Told(SSAMTrainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.model_accepts_loss_kwargs = False
-
-    assert_close(weights(probed.model), weights(trained(bert(), args, text_data(), cls=Told).model), atol=0)
 
 
 def own_loss(model: nn.Module, batch: dict[str, Tensor], items: Tensor | None) -> Tensor:
