@@ -232,6 +232,7 @@ def killed(output_dir: Path, moment: str) -> None:
     assert process.returncode == -signal.SIGKILL, process.stderr
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_the_second_pass_goes_on(tmp_path: Path, uninterrupted):
     killed(tmp_path, "second_pass")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
