@@ -1,4 +1,4 @@
-"""Scenarios under DistributedDataParallel; started by `tests/distributed/conftest.py`."""
+"""Scenarios under DistributedDataParallel; run by `worker.py`, or alone under `accelerate launch`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scenarios on models sharded by FSDP2; started by `tests/distributed/conftest.py`."""
+"""Scenarios on models sharded by FSDP2; run by `worker.py`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers.distributed import DistributedConfig
 from hf_ssam import SSAMTrainer, TwoPass
 from hf_ssam.trainer.checkpoints import STATE_FOLDER, load_state, save_state
 from hf_ssam.trainer.vector_files import file_name
-from tests.distributed.launching import WORLD, Scenario, main
+from tests.distributed.launching import WORLD, Scenario
 from tests.distributed.loops import SETTINGS, batches, loop, narrow
 from tests.distributed.scenarios import (
     SpoiledSecondPass,
@@ -242,7 +242,3 @@ SCENARIOS: dict[str, Scenario] = {
     "plain": plain,
     "states": states,
 }
-
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    main(SCENARIOS)

@@ -27,6 +27,7 @@ scopes = pytest.mark.parametrize("scope", SCOPES)
 main_cases = pytest.mark.parametrize("case", MAIN_CASES, ids=lambda c: c.id)
 
 
+@pytest.mark.few_methods
 @pytest.mark.parametrize(("scope", "case"), [p for p in working if p.values[1] in MAIN_CASES])
 def test_ranks_hold_the_same_bits_after_20_steps(ddp: Runs, scope, case):
     """Law 5, with dropout."""
@@ -37,6 +38,7 @@ def test_ranks_hold_the_same_bits_after_20_steps(ddp: Runs, scope, case):
         assert not torch.equal(first["weights"]["classifier.weight"], bert().classifier.weight)
 
 
+@pytest.mark.few_methods
 @main_cases
 def test_global_scope_equals_one_process_with_mean_losses(ddp: Runs, case):
     """Law 4; the loss ignores the count, which both runs are told."""
@@ -47,6 +49,7 @@ def test_global_scope_equals_one_process_with_mean_losses(ddp: Runs, case):
     assert alone["warned"] == []
 
 
+@pytest.mark.few_methods
 @main_cases
 def test_global_scope_equals_one_process_with_counted_losses(ddp: Runs, case):
     """Law 4, with unequal padding and two micro-batches on each rank."""
@@ -84,6 +87,7 @@ def reached(rank: dict) -> Tensor:
     return flat(rank["weights"][n] for n, _ in gpt2().named_parameters())
 
 
+@pytest.mark.few_methods("usam")
 @pytest.mark.parametrize(
     ("scope", "case"),
     [p for p in working if p.values[1].method in REFERENCES and "own" not in base_optimizers(p.values[1])],
@@ -96,6 +100,7 @@ def test_scopes_equal_the_hand_computed_shards(ddp: Runs, scope, case):
     torch.testing.assert_close(reached(ranks[0]), hand_computed(ranks, case, scope), atol=1e-7, rtol=0)
 
 
+@pytest.mark.few_methods("usam")
 @pytest.mark.parametrize(
     ("scope", "case"), [p for p in working if p.values[0] != "global" and p.values[1] in MAIN_CASES]
 )

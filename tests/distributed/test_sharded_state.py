@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 
 def test_two_ranks_write_and_one_reads(fsdp2: Runs):
     two_pass = alone()
-    state = load_state(fsdp2.folder / "states" / "two", two_pass.space.params)
+    state = load_state(fsdp2.folder_of("states") / "two", two_pass.space.params)
     for rank in fsdp2["states"]:
         assert state["memory"].keys() == rank["saved"]["memory"].keys()
         for slot, vector in rank["saved"]["memory"].items():
@@ -54,7 +54,7 @@ WAY_OUT = "restore it, resume from another checkpoint, or start a new run"
 @pytest.fixture
 def saved(fsdp2: Runs, tmp_path: Path) -> Path:
     """A copy of what two ranks saved, to be spoiled."""
-    shutil.copytree(fsdp2.folder / "states" / "two", tmp_path / "two")
+    shutil.copytree(fsdp2.folder_of("states") / "two", tmp_path / "two")
     assert sorted(p.name for p in (tmp_path / "two" / STATE_FOLDER).iterdir()) == [*FILES]
     return tmp_path / "two"
 
@@ -70,7 +70,7 @@ def test_a_missing_shard_is_named(saved: Path, file: str):
 def test_files_of_two_saves_are_named(fsdp2: Runs, saved: Path, file: str):
     """The same state saved twice: only the save tells its files from the other's."""
     place = Path(file if file == STATE_FILE else f"{STATE_FOLDER}/{file}")
-    shutil.copy(fsdp2.folder / "states" / "again" / place, saved / place)
+    shutil.copy(fsdp2.folder_of("states") / "again" / place, saved / place)
     named = FILES[0] if file == STATE_FILE else file
     with pytest.raises(ValueError, match=f"{STATE_FOLDER}/{named} belongs to another save .*; {WAY_OUT}"):
         load_state(saved, alone().space.params)
@@ -83,7 +83,9 @@ def test_two_ranks_name_the_same_missing_shard(fsdp2: Runs):
     assert f"{FILES[1]} is missing; {WAY_OUT}" in first["refused"]
 
 
-@pytest.mark.parametrize("moment", ["before", "between", "after"])
+@pytest.mark.parametrize(
+    "moment", ["between", *(pytest.param(m, marks=pytest.mark.slow) for m in ("before", "after"))]
+)
 def test_a_rank_that_dies_while_saving_leaves_half_a_checkpoint(tmp_path: Path, moment: str):
     """Rank 1 is killed before it writes its shard, half through it, or after; rank 0 must not write the last file."""
     done = torchrun("dying_worker.py", str(tmp_path), moment)
@@ -99,7 +101,7 @@ def test_a_rank_that_dies_while_saving_leaves_half_a_checkpoint(tmp_path: Path, 
 
 
 def test_vectors_that_all_ranks_hold_are_written_once(ddp: Runs):
-    checkpoint = ddp.folder / "resume.vectors" / "whole" / "checkpoint-2"
+    checkpoint = ddp.folder_of("resume/vectors") / "whole" / "checkpoint-2"
     (file,) = (checkpoint / STATE_FOLDER).iterdir()
     assert file.name == "vectors-00001-of-00001.safetensors"
     assert {key.split("/")[0] for key in load_file(file)} == {"average", "plain"}

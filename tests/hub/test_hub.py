@@ -53,10 +53,10 @@ def test_push_and_load_in_a_fresh_process(tmp_path):
 @pytest.mark.parametrize(
     ("strategy", "folders"),
     [
-        ("end", set()),
-        ("every_save", set()),
+        pytest.param("end", set(), marks=pytest.mark.slow),
+        pytest.param("every_save", set(), marks=pytest.mark.slow),
         ("checkpoint", {"last-checkpoint"}),
-        ("all_checkpoints", {"checkpoint-2", "checkpoint-4"}),
+        pytest.param("all_checkpoints", {"checkpoint-2", "checkpoint-4"}, marks=pytest.mark.slow),
     ],
 )
 def test_what_each_strategy_pushes(tmp_path, strategy, folders):
@@ -79,6 +79,7 @@ def test_what_each_strategy_pushes(tmp_path, strategy, folders):
         assert {p.removeprefix(folder + "/"): d for p, d in repo.files.items() if p.startswith(folder + "/")} == here
 
 
+@pytest.mark.slow
 def test_refusals_are_one_sentence_before_the_first_step(tmp_path):
     with HubStandIn() as hub:
         mine, other = (
@@ -109,6 +110,7 @@ def test_refusals_are_one_sentence_before_the_first_step(tmp_path):
     assert said(stranger, "REFUSED")[0].startswith("hub_token: the Hub does not accept this token for toy; make one")
 
 
+@pytest.mark.slow
 def test_a_push_without_the_argument_saves_the_model_before_it_asks_for_a_token(tmp_path):
     with HubStandIn() as hub:
         done = Client(hub, tmp_path, token=None).script("train", "push", "--output_dir", "toy", *RUN)

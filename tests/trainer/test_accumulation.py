@@ -65,10 +65,12 @@ class Recording(SSAMTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 
+@pytest.mark.few_methods
 def test_two_micro_batches_are_one_batch(case: Case):
     assert_close(weights(run(case, "gpt2", **SPLITS["4x2"])), whole(case, "gpt2"))
 
 
+@pytest.mark.few_methods
 @pytest.mark.parametrize("case", MAIN_CASES, ids=lambda c: c.id)
 def test_a_mended_loss_is_one_batch_too(case: Case):
     """BERT's loss ignores the number of items that the Trainer hands it."""
@@ -76,6 +78,7 @@ def test_a_mended_loss_is_one_batch_too(case: Case):
     assert_close(weights(run(case, task, **SPLITS["4x2"])), whole(case, task))
 
 
+@pytest.mark.few_methods
 @pytest.mark.parametrize("case", MAIN_CASES, ids=lambda c: c.id)
 def test_eight_micro_batches_are_one_batch(case: Case):
     assert_close(weights(run(case, "gpt2", **SPLITS["1x8"])), whole(case, "gpt2"))
@@ -117,6 +120,7 @@ def own_loss(model: nn.Module, batch: dict[str, Tensor], items: Tensor | None) -
 ON_EACH_CALL = tuple(c for c in CASES if not c.method.startswith("look"))
 
 
+@pytest.mark.few_methods("usam")
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("case", ON_EACH_CALL, ids=lambda c: c.id)
 def test_micro_batch_is_msam(case: Case, task: str):

@@ -97,6 +97,7 @@ def assert_resumes(**given) -> None:
 ACCUMULATED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 
 
+@pytest.mark.few_methods
 def test_every_method_resumes_bit_for_bit(case: Case):
     given = SAVED if case.method != "adasam" else {k: v for k, v in SAVED.items() if k != "base_optim"}
     whole = ended(case_arguments(case, **given, **ACCUMULATED))
@@ -239,6 +240,7 @@ def killed(output_dir: Path, moment: str) -> None:
     assert process.returncode == -signal.SIGKILL, process.stderr
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_the_second_pass_goes_on(tmp_path: Path, uninterrupted):
     killed(tmp_path, "second_pass")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]

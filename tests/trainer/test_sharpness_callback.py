@@ -55,7 +55,14 @@ def test_the_eigenvalue_is_that_of_the_model_on_the_probe():
     assert sum(len(b["labels"]) for b in callback._probe) == 32
 
 
-@pytest.mark.parametrize("make, data", [(lambda: bert(0.3), text_data()), (resnet, image_data()), (gpt2, lm_data())])
+@pytest.mark.parametrize(
+    "make, data",
+    [
+        (lambda: bert(0.3), text_data()),
+        (resnet, image_data()),
+        pytest.param(gpt2, lm_data(), marks=pytest.mark.slow),
+    ],
+)
 def test_the_run_does_not_see_it(make, data):
     watched, plain = make(), make()
     measured(watched, sgd(max_steps=4), data)
@@ -64,6 +71,7 @@ def test_the_run_does_not_see_it(make, data):
     assert_identical(copied(watched), copied(plain))
 
 
+@pytest.mark.few_methods
 def test_every_method_can_be_watched(case):
     _, _, entries = measured(bert(), case_arguments(case, sharpness_steps=1, max_steps=1), text_data(16))
     assert 0 <= entries[0]["sharpness/ascent_grad_alignment"] <= 1 + 1e-6
@@ -124,8 +132,9 @@ def _cosine(a, b) -> float:
 
 @pytest.mark.parametrize(
     "optim, optim_args, name, normalize",
-    [("sam", None, "sam", True), ("usam", None, "usam", True), ("ssam", None, "ssam", True),
-     ("ssam", "normalize=false", "ssam", False), ("sam", "renormalize=true", "ssam", True)],
+    [("sam", None, "sam", True), pytest.param("usam", None, "usam", True, marks=pytest.mark.slow),
+     ("ssam", None, "ssam", True), pytest.param("ssam", "normalize=false", "ssam", False, marks=pytest.mark.slow),
+     pytest.param("sam", "renormalize=true", "ssam", True, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_edges_are_the_predicted_ones(optim, optim_args, name, normalize):
     args = sgd(optim=optim, optim_args=optim_args, lr_scheduler_type="constant")

@@ -179,6 +179,7 @@ def test_a_stream_that_ends_inside_a_window_carries_it_on():
 # ------------------------------------------------------------------------------------------------------- the step
 
 
+@pytest.mark.few_methods
 @pytest.mark.parametrize("norm", [0.0, 0.05, 1.0])
 @main_case
 def test_only_the_descent_gradient_is_clipped(case: Case, norm: float):
@@ -213,6 +214,7 @@ def test_noise_and_smoothing_are_those_of_the_first_pass(given: dict):
     assert losses(stock) != losses(plain), "the feature must be on"
 
 
+@pytest.mark.few_methods
 @main_case
 def test_total_flos_count_every_pass(case: Case):
     given = {"gradient_accumulation_steps": 2, "max_steps": 4}
