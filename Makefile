@@ -1,6 +1,7 @@
-# `make demo` and `make test` set up all they need, in .venv, from Python 3.11 or later; a second run starts at once.
-# make test ARGS="tests/methods/test_methods.py -k ssam"    runs a part of the suite
-# make test JOBS=0                                  runs it in one process
+# `make demo`, `make test` and `make test-all` set up all they need, in .venv, from Python 3.11 or later; a second run starts at once.
+# make test                       runs what guards every law, in a few minutes; make test-all runs everything
+# make test ARGS="tests/rules"    runs a part of it
+# make test JOBS=0                runs it in one process
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -13,17 +14,22 @@ INPUTS := pyproject.toml constraints.txt Makefile
 # A test process computes in one thread: two of them share the machine, and some start two processes of their own.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: demo test lint clean help
+.PHONY: demo test test-all lint clean help
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \(make.*\)/\1/p' Makefile; echo "make demo | test | lint | clean"
+	@sed -n 's/^# \(make.*\)/\1/p' Makefile; echo "make demo | test | test-all | lint | clean"
 
 demo: $(VENV)/.core
 	OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false $(BIN)/python examples/demo.py $(ARGS)
 
+PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
 test: $(VENV)/.test
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
+
+test-all: $(VENV)/.test
+	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,145 +1,167 @@
-"""What does a step cost? Times each method's step against the plain one, and its memory, on one model and one device.
+"""What does a step cost? Times every method's step against a plain one, and against its passes alone.
 
-    python examples/benchmark_step.py                                         # MiniLM-L6, or --model NAME_OR_FOLDER
-    python examples/benchmark_step.py --device cuda --bf16 --batch_size 128   # with memory
+    python examples/benchmark_step.py                                       # 22.7M parameters, batch 16 × 32, ssam
+    python examples/benchmark_step.py --sizes tiny base --shapes 16x32 32x64 --methods ssam sam looksam esam
+    python examples/benchmark_step.py --peer_path sam.py --official_path ssam/sam.py     # beside other people's code
+    python examples/benchmark_step.py --device cuda --bf16 --shapes 128x128
 
-Steps of all methods alternate within each round, in one process and on the same weights (the learning rate is 0), so
-that a slow moment of the machine slows all of them; a ratio is one round's step over the same round's plain step. A
-number is the median of the ratios with their quartiles; methods whose steps differ (LookSAM, Fisher masks) are
-averaged over a period first.
+The limit of a step of two passes is two bare passes and one step of the optimizer; of another one, as many passes as
+it takes. All loops take turns within each round, in an order that changes, in one process and on the same weights (the
+learning rate is 0), so that a slow moment of the machine slows all of them; a ratio is one round's time over the same
+round's. A number is the median of the ratios with their quartiles. A round is five steps, LookSAM's period. The
+Trainer's row is measured against a stock Trainer that is made to run two passes.
+
+Ctrl-C ends the measurement and keeps the rounds that are whole. pytorch_optimizer's SAM is measured where that package
+is installed.
 """
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import random
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch.optim import AdamW
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, set_seed
+from transformers import set_seed
 
-from hf_ssam import METHODS, TwoPass
-from support import offline
+from hf_ssam import METHODS
+from support.step_loops import ADAMW, Loop, bare, our_trainer, ours, peers, plain, stock_trainer
+from support.step_meters import copy_bandwidth, traced
+from support.step_models import SIZES, Setting, setting
+from support.step_report import NOT_TRACED, Measured, Row, plot, row, table, write_csv
 
-PLAIN = "plain"
 PERIOD = 5
 """Steps in a round: LookSAM's default k."""
 
+SSAM_BYTES = 40
+"""What an SSAM step must move for a float32 parameter beyond its passes: read g and ĝ for their norms (8); read w and
+g, write w + e and the copy of w (16); read the copy and write w (8); read and write ĝ to scale it (8)."""
 
-@dataclass
-class Cost:
-    """What the rounds of one method came to: seconds and passes a round, and the largest memory of one."""
-
-    seconds: list[float] = field(default_factory=list)
-    passes: list[float] = field(default_factory=list)
-    peak: int = 0
+COPIED = 256 * 2**20
+"""Bytes of the buffer that tells the machine's bandwidth: no cache holds it."""
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Cost]:
-    """Measure what the command line asks for, and print a table."""
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Measure what the command line asks for, print a table for each model and batch, and write all of them."""
     flags = arguments().parse_args(argv)
-    set_seed(0)
-    name = flags.model or str(offline.minilm())
-    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=6).to(flags.device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
-    engines = {PLAIN: TwoPass(model, "sam", 0.0)} | {m: engine(model, m, flags) for m in flags.methods}
-    steps = {m: step_of(model, optimizer, two_pass, flags) for m, two_pass in engines.items()}
-    costs = {m: Cost() for m in steps}
-    for round_ in tqdm(range(-1, flags.rounds), desc="rounds", leave=False):
-        for method, step in steps.items():
-            measured = measure(step, flags.device)
-            if round_ >= 0:  # the first one warms caches and allocators up
-                costs[method].seconds.append(measured[0])
-                costs[method].passes.append(measured[1])
-                costs[method].peak = max(costs[method].peak, measured[2])
-    where = torch.cuda.get_device_name() if flags.device == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)"
-    shape = f"batch {flags.batch_size} × {flags.length} tokens, {'bfloat16 autocast' if flags.bf16 else 'float32'}"
-    print(f"{model.num_parameters():,} parameters, {shape}, {flags.rounds} rounds of {PERIOD} steps, {where}")
-    print(table(costs, sum(p.numel() * p.element_size() for p in model.parameters())))
-    return costs
+    torch.set_num_threads(flags.threads or torch.get_num_threads())
+    bandwidth = copy_bandwidth(COPIED, flags.device)
+    rows: list[Row] = []
+    for name in flags.sizes if flags.model is None else [flags.model]:
+        for shape in flags.shapes:
+            set_seed(0)
+            at = setting(name, shape, flags.device, flags.bf16, flags.lora_r)
+            found, whole = measured(loops(at, flags), flags)
+            about = description(name, at, flags, bandwidth)
+            here = [row(found, loop, about, PERIOD) for loop in found]
+            rows += here
+            print(report(here), flush=True)
+            if flags.output is not None:
+                flags.output.mkdir(parents=True, exist_ok=True)
+                write_csv(rows, flags.output / "step_cost.csv")
+                plot(rows, flags.output / "step_cost.png")
+            if not whole:
+                return rows
+    return rows
+
+
+def shape(text: str) -> tuple[int, int]:
+    """`16x32` as (16, 32)."""
+    batch, length = text.split("x")
+    return int(batch), int(length)
 
 
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a text model: a folder or a name on the Hub; MiniLM-L6 if not given")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--sizes", nargs="+", default=["minilm"], choices=list(SIZES), help="4.4M to 335M parameters")
+    parser.add_argument("--model", help="a text model in place of --sizes: a folder or a name on the Hub")
+    parser.add_argument("--lora_r", type=int, default=0, help="train adapters of this rank (peft); 0: all weights")
+    parser.add_argument("--shapes", nargs="+", type=shape, default=[(16, 32)], help="samples x tokens, as in 16x32")
+    parser.add_argument("--methods", nargs="*", default=["ssam"], choices=list(METHODS))
+    parser.add_argument("--trainer_methods", nargs="*", default=["ssam"], choices=list(METHODS))
+    parser.add_argument("--peer_path", type=Path, help="sam.py of davda54/sam")
+    parser.add_argument("--official_path", type=Path, help="sam.py of cltan023/stablesam2024")
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, help="threads on the CPU")
     parser.add_argument("--bf16", action="store_true", help="under bfloat16 autocast")
     parser.add_argument("--offload_snapshot", action="store_true", help="keep the copy of the weights on the host")
+    parser.add_argument("--output", type=Path, help="the folder for step_cost.csv and step_cost.png")
     return parser
 
 
-def engine(model: nn.Module, method: str, flags: argparse.Namespace) -> TwoPass:
-    """The method with its defaults."""
-    return TwoPass(model, method, offload_snapshot=flags.offload_snapshot, dataset_size=flags.batch_size)
+def loops(at: Setting, flags: argparse.Namespace) -> list[Loop]:
+    """All that is compared; what has no optimizer of its own shares one."""
+    optimizer = AdamW(at.trained, **ADAMW)
+    found = [plain(at, optimizer), bare(at, optimizer)]
+    found += [ours(at, optimizer, method, flags.offload_snapshot) for method in flags.methods]
+    found += peers(at, flags.peer_path, flags.official_path)
+    if flags.trainer_methods:
+        found += [stock_trainer(at), *(our_trainer(at, method) for method in flags.trainer_methods)]
+    return found
 
 
-def step_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer, two_pass: TwoPass, flags: argparse.Namespace
-) -> Callable[[], float]:
-    """`() -> passes`, one optimizer step on random tokens."""
-    size = (flags.batch_size, flags.length)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, model.config.vocab_size, size, generator=generator).to(flags.device)
-    labels = torch.randint(0, 6, size[:1], generator=generator).to(flags.device)
-    samples = torch.arange(flags.batch_size, device=flags.device)
+def measured(all_loops: list[Loop], flags: argparse.Namespace) -> tuple[dict[str, Measured], bool]:
+    """The rounds of each loop, and whether there are as many as asked for.
 
-    def forward_backward(indices: Tensor | slice = slice(None)) -> Tensor:
-        with torch.autocast(flags.device, torch.bfloat16, enabled=flags.bf16):
-            loss = model(input_ids=ids[indices], labels=labels[indices]).loss
-        loss.backward()
-        return loss
-
-    def step() -> float:
-        report = two_pass.step(forward_backward, samples=samples)
-        optimizer.step()
-        optimizer.zero_grad()
-        return report.passes
-
-    return step
-
-
-def measure(step: Callable[[], float], device: str) -> tuple[float, float, int]:
-    """Of one round: seconds, passes a step, and the bytes it needed at its peak above those it began with.
-
-    The CPU does not count its memory: 0.
+    Raises:
+        KeyboardInterrupt: the first round was cut off.
     """
-    if device == "cpu":
-        start = time.perf_counter()
-        passes = sum(step() for _ in range(PERIOD)) / PERIOD
-        return time.perf_counter() - start, passes, 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    seconds, passes, _ = measure(lambda: synchronized(step), "cpu")
-    return seconds, passes, torch.cuda.max_memory_allocated() - held
+    taken: list[dict[str, tuple[float, float]]] = []
+    order, whole = random.Random(0), True
+    try:
+        for number in tqdm(range(-1, flags.rounds), desc="rounds", leave=False):
+            turn = {loop.name: loop.run(PERIOD) for loop in order.sample(all_loops, len(all_loops))}
+            if number >= 0:  # the first one warms caches and allocators up
+                taken.append(turn)
+    except KeyboardInterrupt:
+        whole = False
+        if not taken:
+            raise
+    return {loop.name: collected(loop, taken, flags.device) for loop in all_loops}, whole
 
 
-def synchronized(step: Callable[[], float]) -> float:
-    """`step`, waited for."""
-    passes = step()
-    torch.cuda.synchronize()
-    return passes
+def collected(loop: Loop, taken: list[dict[str, tuple[float, float]]], device: str) -> Measured:
+    """A loop's rounds, and what one more of them does; a Trainer's setting up would be traced with it, and is not."""
+    seconds, passes = (np.array(values) / PERIOD for values in zip(*(turn[loop.name] for turn in taken), strict=True))
+    return Measured(loop, seconds, passes, traced(lambda: loop.run(PERIOD), device) if loop.traceable else NOT_TRACED)
 
 
-def table(costs: dict[str, Cost], weights: int) -> str:
-    """Markdown: passes, time in units of the plain step, and memory in units of the weights."""
-    lines = [
-        "| method | passes a step | time of a plain step (quartiles) | peak memory / weights |",
-        "|---|---|---|---|",
+def description(name: str, at: Setting, flags: argparse.Namespace, bandwidth: float) -> dict[str, object]:
+    """The fields of a row that say what was measured, and where."""
+    batch, length = at.batch["input_ids"].shape
+    return {
+        "model": name,
+        "parameters": sum(p.numel() for p in at.model.parameters()),
+        "trained": sum(p.numel() for p in at.trained),
+        "batch": batch,
+        "length": length,
+        "device": torch.cuda.get_device_name() if flags.device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "precision": "bfloat16 autocast" if flags.bf16 else "float32",
+        "copy_gb_per_second": bandwidth / 1e9,
+    }
+
+
+def report(rows: list[Row]) -> str:
+    """A title, the table, and what an SSAM step's limit is."""
+    r = rows[0]
+    where = r.device if r.device != "cpu" else f"cpu, {r.threads} thread(s)"
+    title = (
+        f"\n{r.model}: {r.parameters:,} parameters, of which {r.trained:,} train; batch {r.batch} × {r.length}, "
+        f"{r.precision}, {r.rounds} rounds of {PERIOD} steps, {where}; a copy moves {r.copy_gb_per_second:.1f} GB/s"
+    )
+    floor = 1e3 * SSAM_BYTES * r.trained / (r.copy_gb_per_second * 1e9)
+    ends = [
+        f"{own.loop}: {own.beyond_ms:.1f} ms beyond its passes, of which the limit is {floor:.1f} ms "
+        f"({SSAM_BYTES} bytes a parameter)"
+        for own in rows
+        if own.loop == "ssam"
     ]
-    plain = np.array(costs[PLAIN].seconds)
-    for method, cost in costs.items():
-        low, middle, high = np.percentile(np.array(cost.seconds) / plain, [25, 50, 75])
-        peak = f"{cost.peak / weights:.1f}" if cost.peak else "–"
-        lines.append(f"| {method} | {np.mean(cost.passes):.2f} | {middle:.2f} ({low:.2f}-{high:.2f}) | {peak} |")
-    return "\n".join(lines)
+    return "\n".join([title, table(rows), *ends])
 
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Set
+from collections.abc import Mapping, Sequence
 from numbers import Integral
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..methods.recipes import Rules
-from .parameters import names_that_train
+from ..methods.method import Method, Rules
+from ..rules.space import ParameterSpace, local
+from ..rules.vectors import Vector
+from .parameters import named_trainable
 from .window import RunPass
 
 
@@ -27,7 +30,7 @@ def check_engine(
             f"ascent_scope: under `{scope}` every rank would keep its own state of method `{method}`, and they would "
             "drift apart; choose ascent_scope=global, or a method without state such as ssam."
         )
-    if rules.period != 1 and scope == "micro_batch":
+    if rules.second_pass.varies and scope == "micro_batch":
         raise ValueError(
             f"ascent_scope: method `{method}` hands on one vector from step to step, which is not a micro-batch's "
             "own; choose ascent_scope=global, or a method that takes both passes at each step."
@@ -55,21 +58,52 @@ def check_sizes(**sizes: int | None) -> None:
             raise ValueError(f"{name}: {size} is not allowed; choose an integer from 1, or leave it out.")
 
 
-def check_unfrozen(model: nn.Module, known: Set[str]) -> None:
-    """Refuse a parameter that trains and was frozen when the engine was built: both passes would add to its `.grad`.
+class StepChecks:
+    """What must still hold when a step begins, since the engine was built.
 
     Args:
-        model: the model, unwrapped.
-        known: `parameters.names_that_train` when the engine was built.
-
-    Raises:
-        ValueError: naming it.
+        model: the model as it is called.
+        space: its trainable parameters.
     """
-    for name in sorted(names_that_train(model) - known):
-        raise ValueError(
-            f"model: `{name}` requires a gradient and did not when the engine was built; build a new TwoPass after "
-            "unfreezing (a Trainer does whenever training starts)."
-        )
+
+    LOOKS = 2
+    """How often gradients that are there on entry are looked at: a loop that leaves them does so at every step."""
+
+    def __init__(self, model: nn.Module, space: ParameterSpace):
+        self._model, self._space = model, space
+        self._known = named_trainable(model)
+        self._looks = self.LOOKS
+
+    def before_step(self) -> None:
+        """Refuse parameters that are not the engine's, and gradients that the step would add to.
+
+        Raises:
+            ValueError: naming them.
+        """
+        self._check_parameters()
+        left = [local(p.grad) for p in self._space.params.values() if p.grad is not None]
+        if left and self._looks:
+            self._looks -= 1
+            if any(bool(t.count_nonzero()) for t in left):
+                raise ValueError(
+                    "run_pass: a gradient is left from before, and the step would add to it; call "
+                    "`optimizer.zero_grad()` after each `optimizer.step()`, and give the micro-batches of one step as "
+                    "a list (`two_pass.step([run, run])`), not one by one under `accelerator.accumulate`."
+                )
+
+    def _check_parameters(self) -> None:
+        now = named_trainable(self._model)
+        for name in sorted(now.keys() - self._known.keys()):
+            raise ValueError(
+                f"model: `{name}` requires a gradient and did not when the engine was built; build a new TwoPass after "
+                "unfreezing (a Trainer does whenever training starts)."
+            )
+        for name, p in now.items():
+            if p is not self._known[name]:
+                raise ValueError(
+                    f"model: `{name}` is another parameter than when the engine was built; build a new TwoPass after "
+                    "a layer is replaced, embeddings are resized or weights are assigned."
+                )
 
 
 def check_takes_indices(run: RunPass, method: str) -> None:
@@ -85,3 +119,76 @@ def check_takes_indices(run: RunPass, method: str) -> None:
             f"run_pass: method `{method}` runs a batch on some of its samples; let run_pass take their indices, such "
             "as `def run_pass(indices=slice(None))`."
         ) from None
+
+
+def matched(
+    run_pass: RunPass | Sequence[RunPass],
+    samples: Tensor | Sequence[Tensor] | None,
+    method: str,
+    takes_indices: bool,
+) -> tuple[list[RunPass], list[Tensor | None]]:
+    """The passes of a step, and the dataset indices of each one's samples.
+
+    Raises:
+        ValueError: if there is none, they do not match, or a pass cannot run on some of its samples.
+    """
+    runs = [run_pass] if callable(run_pass) else list(run_pass)
+    if not runs:
+        raise ValueError("run_pass: got an empty list; pass a callable, or one callable for each micro-batch.")
+    if takes_indices:
+        for run in runs:
+            check_takes_indices(run, method)
+    ids = [samples] * len(runs) if samples is None else [samples] if isinstance(samples, Tensor) else list(samples)
+    if len(ids) != len(runs):
+        raise ValueError(f"samples: got {len(ids)} tensors of indices for {len(runs)} passes; give one for each.")
+    return runs, ids
+
+
+def check_open(is_open: bool, phase: str, has_passes: bool = True) -> None:
+    """Refuse a phase that comes before its time.
+
+    Raises:
+        RuntimeError: if no step has begun, or none of its first passes has run.
+    """
+    if not is_open:
+        raise RuntimeError(f"{phase}: no step has begun; call begin first, or step, which does it all.")
+    if not has_passes:
+        raise RuntimeError(f"{phase}: the step has no first pass yet; call first_pass for each micro-batch before.")
+
+
+def check_backward(grads: Vector) -> None:
+    """Refuse passes that left no gradient at all.
+
+    Raises:
+        ValueError: if `grads` is empty.
+    """
+    if not grads:
+        raise ValueError(
+            "run_pass: no parameter has a gradient after it; let it call `loss.backward()` (or `accelerator.backward`) "
+            "before it returns the loss."
+        )
+
+
+def check_options_free(method: str | Method, options: Mapping[str, Any]) -> None:
+    """Refuse options beside a `Method`, which has them.
+
+    Raises:
+        ValueError: naming one.
+    """
+    if isinstance(method, Method) and options:
+        raise ValueError(
+            f"{next(iter(options))}: a Method has its options chosen; pass them to get_method, or pass its name."
+        )
+
+
+def check_state(state: Mapping[str, Any], method: str) -> None:
+    """Refuse a state of another method.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if state["method"] != method:
+        raise ValueError(
+            f"state: it is of method `{state['method']}` and this engine runs `{method}`; build the engine with that "
+            "method, or start afresh."
+        )

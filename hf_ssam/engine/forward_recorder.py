@@ -1,4 +1,4 @@
-"""Sees a model being called: how many samples, their losses, and the call itself, to make it once more.
+"""Records a model being called: how many samples, their losses, and the call itself, to make it once more.
 
 Works on the module inside DistributedDataParallel: a second look is a forward without gradient, which must not make
 DDP broadcast buffers or count a pass.
@@ -54,28 +54,24 @@ class ForwardRecorder:
         model: the model, unwrapped.
         losses_of: its per-sample losses; None: only sizes are seen.
         replay: what reads the generators, and keeps buffers through a second look.
-        beside: what the losses need beside the model's inputs: labels that a host took out.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        losses_of: PerSampleLoss | None,
-        replay: Replay,
-        beside: Callable[[], Mapping[str, Any]] = dict,
-    ):
-        self._model, self._losses_of, self._replay, self._beside = model, losses_of, replay, beside
+    def __init__(self, model: nn.Module, losses_of: PerSampleLoss | None, replay: Replay):
+        self._model, self._losses_of, self._replay = model, losses_of, replay
         plain = extract_model_from_parallel(model, keep_torch_compile=False)
         self._names = tuple(inspect.signature(plain.forward).parameters)
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[RecordedForward]:
+    def recording(self, beside: Mapping[str, Any]) -> Iterator[RecordedForward]:
         """One pass, seen.
+
+        Args:
+            beside: what the losses need beside the model's inputs: labels that a host takes out.
 
         Raises:
             ValueError: if losses are asked for and the pass did not call the model exactly once.
         """
-        seen = RecordedForward()
+        seen = RecordedForward(beside=beside)
         before = self._model.register_forward_pre_hook(lambda *_: self._sees(seen))
         after = self._model.register_forward_hook(
             lambda m, args, kwargs, out: self._saw(seen, args, kwargs, out), with_kwargs=True
@@ -120,5 +116,4 @@ class ForwardRecorder:
             seen.autocast = torch.get_autocast_dtype(seen.device)
         if self._losses_of is not None:
             with torch.no_grad():
-                seen.beside = self._beside()
                 seen.losses = self._losses_of({**seen.beside, **seen.inputs}, outputs).detach()

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
@@ -44,13 +45,14 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return named
 
 
-def names_that_train(model: nn.Module) -> frozenset[str]:
-    """Every stable name of a parameter with `requires_grad`, tied ones under each of theirs.
+def named_trainable(model: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Every stable name of a parameter with `requires_grad`, tied ones under each of theirs, and the parameter.
 
-    Names and not objects: FSDP2 puts other ones in place of what it gathers, and unties them.
+    None in place of a parameter that FSDP2 shards: it puts other objects in place of what it gathers, and unties them.
     """
     named = unwrapped(model).named_parameters(remove_duplicate=False)
-    return frozenset(stable_name(name) for name, p in named if p.requires_grad)
+    swapped = any(isinstance(m, FSDPModule) for m in model.modules())
+    return {stable_name(name): None if swapped else p for name, p in named if p.requires_grad}
 
 
 def transposed_names(model: nn.Module) -> set[str]:

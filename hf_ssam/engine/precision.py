@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..rules.tensors import Vector
+from ..rules.vectors import Vector
 
 COSINE_WARNED_BELOW = 0.9
 

@@ -21,7 +21,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from ..rules.tensors import ParameterSpace
+from ..rules.space import ParameterSpace
 
 SCOPES = ("global", "rank", "micro_batch")
 BUCKET_BYTES = 25 * 2**20
@@ -53,10 +53,16 @@ class Ranks:
         self.scope = scope
         self._left_over = False
         self._space = space
+        self._hosts: dist.ProcessGroup | None = None
         replicas = None if self._ddp is None else self._ddp.process_group
         self._group = dist.group.WORLD if sharded else replicas
         # Ranks that split layers between them (tensor parallelism) share their samples.
         self._data_group = dist.group.WORLD if self._fsdp else replicas
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self._space.device
 
     @property
     def world_size(self) -> int:
@@ -140,6 +146,29 @@ class Ranks:
         if self._data_group is not None:
             dist.all_reduce(values, group=self._data_group)
         return values
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """`values`, shape (K,), of all ranks one after the other, K a rank's own; as it is in one process.
+
+        How many each rank has is told from host to host, so that no device is waited for.
+        """
+        if self._data_group is None:
+            return values
+        sizes = torch.zeros(dist.get_world_size(self._data_group), dtype=torch.int64)
+        dist.all_gather_into_tensor(sizes, torch.tensor([len(values)]), group=self._host_group())
+        padded = values.new_zeros(int(sizes.max()))
+        padded[: len(values)] = values
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=self._data_group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)])
+
+    def _host_group(self) -> dist.ProcessGroup:
+        """The same ranks, talking over gloo."""
+        if self._hosts is None:
+            self._hosts = dist.new_group(
+                dist.get_process_group_ranks(self._data_group), backend="gloo", use_local_synchronization=True
+            )
+        return self._hosts
 
     def agreed(self, finite: Tensor) -> Tensor:
         """Whether `finite` (bool, shape ()) holds on every rank; a loss is local, and one rank must not step alone."""

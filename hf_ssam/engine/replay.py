@@ -1,16 +1,17 @@
 """The second pass must see the same function as the first: the same random draws, the same buffers (law 6).
 
-Dropout, stochastic depth, NEFTune and masking draw from the global generators; BatchNorm and its kin write running
-statistics, spectral norm its vectors. Before the second pass all of them are put back to what the first pass found,
-and afterwards to what the first pass left, so that in the end every generator and every buffer has moved once a step,
-as it does with a plain optimizer.
+Dropout, stochastic depth, NEFTune and masking draw from the global generators or from a module's own; BatchNorm and
+its kin write running statistics, spectral norm its vectors, a moving average its frozen weights. Before the second
+pass all of them are put back to what the first pass found, and afterwards to what the first pass left, so that in the
+end each has moved once a step, as it does with a plain optimizer. State that is none of them (a Python counter in a
+module) is replayed where the module shows it by torch's `get_extra_state` and `set_extra_state`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,18 +19,27 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..rules.tensors import Snapshot, local
+from .module_state import (
+    Buffers,
+    ExtraState,
+    FrozenParameters,
+    Generator,
+    generator_state,
+    private_generators,
+    set_generator_state,
+)
 
 
 class RandomState:
-    """The state of Python's, NumPy's and torch's global generators, and of those of `devices`.
+    """The state of Python's, NumPy's and torch's global generators, of those of `devices`, and of `private` ones.
 
     Reading and writing a device generator's state does not wait for the device: its seed and offset live on the host.
     """
 
-    def __init__(self, devices: tuple[torch.device, ...] = ()):
+    def __init__(self, devices: tuple[torch.device, ...] = (), private: Sequence[Generator] = ()):
         self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self._devices = {d: torch.get_device_module(d).get_rng_state(d) for d in devices}
+        self._private = [(generator, generator_state(generator)) for generator in private]
 
     def restore(self) -> None:
         """Put every generator back to the state read at construction."""
@@ -38,43 +48,15 @@ class RandomState:
         torch.set_rng_state(self._torch)
         for device, state in self._devices.items():
             torch.get_device_module(device).set_rng_state(state, device)
-
-
-class Buffers:
-    """The buffers of a model, to be put back even where a module has replaced one by a new tensor.
-
-    Large integer tensors are left out: they are packed quantised weights, which no forward changes and which may be
-    most of the model. Counters (BatchNorm's, an expert layer's) are small.
-    """
-
-    COUNTER = 2**16
-    """The most elements that an integer buffer may have and be put back."""
-
-    def __init__(self, model: nn.Module):
-        slots = [(m, n) for m in model.modules() for n, b in m._buffers.items() if b is not None]
-        self._slots = [
-            (m, n) for m, n in slots if m._buffers[n].is_floating_point() or m._buffers[n].numel() <= self.COUNTER
-        ]
-
-    def save(self) -> Any:
-        """A copy of every buffer's value, for `restore`."""
-        held = [module._buffers[name] for module, name in self._slots]
-        return held, Snapshot(local(b) for b in held)
-
-    def restore(self, saved: Any) -> None:
-        """Put tensors and values back as `save` found them."""
-        held, snapshot = saved
-        for (module, name), tensor in zip(self._slots, held, strict=True):
-            if module._buffers[name] is not tensor:
-                module._buffers[name] = tensor
-        snapshot.restore()
+        for generator, private in self._private:
+            set_generator_state(generator, private)
 
 
 class Replay:
     """Remembers what the first pass saw, pass by pass, and shows it to the second.
 
     Args:
-        model: the model whose buffers are kept.
+        model: the model whose state is kept.
         replay_rng: whether the second pass draws the same random numbers. Without it the second pass draws fresh
             ones, as peers do: the difference of the two losses is then mostly the difference of two dropout masks.
     """
@@ -84,7 +66,8 @@ class Replay:
         tensors = (*model.parameters(), *model.buffers())
         devices = {t.device for t in tensors} | {_computes_on(t) for t in tensors}
         self._devices = tuple(sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str))
-        self._buffers = Buffers(model)
+        self._generators = private_generators(model)
+        self._buffers, self._frozen, self._extra = Buffers(model), FrozenParameters(model), ExtraState(model)
         self.replay_rng = replay_rng
 
     def single_samples(self) -> contextlib.AbstractContextManager[None]:
@@ -92,22 +75,28 @@ class Replay:
         return running_statistics(self._model)
 
     def snapshot_buffers(self) -> Any:
-        """The buffers as the first pass is about to find them."""
-        return self._buffers.save()
+        """Buffers, frozen weights and modules' own states as the first pass is about to find them."""
+        return self._buffers.save(), self._frozen.save(), self._extra.save()
+
+    def restore_buffers(self, saved: Any) -> None:
+        """Put back what `snapshot_buffers` gave."""
+        for part, state in zip((self._buffers, self._frozen, self._extra), saved, strict=True):
+            part.restore(state)
 
     def snapshot_rng(self) -> RandomState | None:
         """The generators as a pass is about to find them; None where they are not replayed."""
-        return RandomState(self._devices) if self.replay_rng else None
+        return RandomState(self._devices, self._generators) if self.replay_rng else None
 
     @contextlib.contextmanager
     def replaying(self, buffers_seen: Any) -> Iterator[None]:
         """Show the second pass `buffers_seen`; afterwards, whatever happens, put back what the first pass left."""
-        buffers_left, rng_left = self._buffers.save(), self.snapshot_rng()
-        self._buffers.restore(buffers_seen)
+        self._frozen.notice(buffers_seen[1])
+        buffers_left, rng_left = self.snapshot_buffers(), self.snapshot_rng()
+        self.restore_buffers(buffers_seen)
         try:
             yield
         finally:
-            self._buffers.restore(buffers_left)
+            self.restore_buffers(buffers_left)
             if rng_left is not None:
                 rng_left.restore()
 
@@ -145,7 +134,11 @@ def _set_training(module: nn.Module, mode: bool) -> None:
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Leave every generator and every buffer of `model` as they were, for a look that must not be seen."""
+    """Leave every generator and all state of `model` as they were, for a look that must not be seen."""
     replay = Replay(model)
-    with replay.replaying(replay.snapshot_buffers()):
+    buffers, rng = replay.snapshot_buffers(), replay.snapshot_rng()
+    try:
         yield
+    finally:
+        replay.restore_buffers(buffers)
+        rng.restore()

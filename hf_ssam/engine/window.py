@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..rules.tensors import ParameterSpace, Vector
+from ..rules.vectors import Vector, parts, scaled
 from .forward_recorder import RecordedForward
-from .ranks import Ranks
-from .replay import RandomState, Replay
+from .replay import RandomState
 
 RunPass = Callable[..., Tensor]
 """`() -> loss`, forward and backward; `(indices) -> loss` on some of its samples, for methods that select."""
@@ -22,23 +19,27 @@ RunPass = Callable[..., Tensor]
 
 @dataclass
 class MicroBatchRecord:
-    """One micro-batch.
+    """One micro-batch, from the host's hands to the rules.
 
     Attributes:
         run: its pass.
+        share: the weight its mean loss has in the batch loss.
+        ids: dataset indices of its samples, shape (B,), where the method asks for them.
+        labels: its labels, where the host takes them out before the model sees them.
         rng: the generators as its first pass found them; None where they are not replayed.
-        ids: dataset indices of its samples, where the method asks for them.
         index: which samples both passes run on; None: all.
-        sight: the first pass's call of the model, where the method looks.
+        forward: the first pass's call of the model, where the method looks.
         rises: what the second pass's losses were above the first's, one a sample of `index`.
         first, second, looks: cost of its passes and of forwards without gradient, as shares of its samples.
     """
 
     run: RunPass
-    rng: RandomState | None
+    share: float | Tensor = 1.0
     ids: Tensor | None = None
+    labels: Any = None
+    rng: RandomState | None = None
     index: Tensor | None = None
-    sight: RecordedForward | None = None
+    forward: RecordedForward | None = None
     rises: Tensor | None = None
     first: float = 1.0
     second: float = 0.0
@@ -49,82 +50,74 @@ class MicroBatchRecord:
         if self.rng is not None:
             self.rng.restore()
 
+    def labels_of(self, index: Tensor | None) -> dict[str, Any]:
+        """The labels of its samples `index`, as an input by name; empty where the host gave none."""
+        if not isinstance(self.labels, Tensor):
+            return {}
+        return {"labels": self.labels if index is None else self.labels[index.to(self.labels.device)]}
+
+
+class Unit:
+    """What gradients are a multiple of.
+
+    Args:
+        size: a number, or a tensor of shape ().
+    """
+
+    def __init__(self, size: float | Tensor):
+        self.size, self.inverse = size, 1 / size
+
+    def removed(self, gradient: Vector) -> Vector:
+        """`gradient`, in units of the loss."""
+        return scaled(gradient, self.inverse)
+
+    def restored(self, d: Vector) -> Vector:
+        """The inverse of `removed`: to the bit where `d` is what came out of it, which a product would not be."""
+        tensors, factor = parts(d)
+        return scaled(tensors, 1.0 if factor is self.inverse else factor * self.size)
+
 
 @dataclass
 class AccumulationWindow:
-    """The passes that ascend together: all micro-batches of a step, or one of them under `micro_batch`."""
+    """The passes that ascend together: all micro-batches of a step, or one of them under `micro_batch`.
 
+    Attributes:
+        rho: radius ρ.
+        loss_scale: what the losses were multiplied by before backward.
+        buffers_seen: the model's buffers as the first pass found them.
+        buffers_due: whether DDP was about to broadcast buffers.
+        first_offset: what the first passes are displaced by, in units of ρ; empty for most methods.
+        position: how many micro-batches of the step came before the window.
+        records: the micro-batches.
+        loss: sum of what the first passes returned.
+        share: sum of the micro-batches' shares.
+        examples: passes over one sample that a rule asked for.
+        at_work: whether the method had something to perturb.
+    """
+
+    rho: float
+    loss_scale: float | Tensor | None
     buffers_seen: Any
     buffers_due: bool
-    loss_scale: float | Tensor | None
-    passes: list[MicroBatchRecord] = field(default_factory=list)
+    first_offset: Vector = field(default_factory=dict)
+    position: int = 0
+    records: list[MicroBatchRecord] = field(default_factory=list)
     loss: Tensor | float = 0.0
     share: float | Tensor = 0.0
-    anticipated: Vector = field(default_factory=dict)
     examples: int = 0
+    at_work: bool = False
 
-    def unit(self, scope: str) -> float | Tensor:
+    def unit(self, scope: str) -> Unit:
         """What the window's gradient is a multiple of: the loss scale, and its share where it ascends by itself."""
         share = 1.0 if scope == "global" else self.share
         if isinstance(share, Tensor):  # of no counted item: its gradient is zero in any unit
             share = torch.where(share == 0, torch.ones_like(share), share)
-        return share if self.loss_scale is None else share * self.loss_scale
+        return Unit(share if self.loss_scale is None else share * self.loss_scale)
 
     def cost(self) -> tuple[float, float]:
         """Forward-backward passes and forwards, each in units of the whole batch."""
-        n = len(self.passes)
-        passes = sum(s.first + s.second for s in self.passes) / n
+        n = len(self.records)
+        passes = sum(r.first + r.second for r in self.records) / n
         if self.examples:
-            passes += self.examples / sum(s.sight.size for s in self.passes)
-        return passes, passes + sum(s.looks for s in self.passes) / n
-
-
-def squared_gradients(
-    window: AccumulationWindow, space: ParameterSpace, ranks: Ranks, replay: Replay
-) -> Callable[[Vector, int], Vector]:
-    """`(v, samples) -> Σ (∂ℓ_i)²` by one backward pass a sample, with its true label, at the weights as they are.
-
-    As many samples as asked for, of all ranks together (rounded up to as many on each), or what the step has. Nobody
-    sees these passes: generators, buffers and `.grad` are as before. BatchNorm normalises by its running statistics,
-    since one sample has no others (the official code lets each sample be its own batch, and move them). Only the
-    proportions of the result mean something: losses carry their scale and share.
-    """
-
-    def fisher(v: Vector, samples: int) -> Vector:
-        grads = {n: p.grad for n, p in space.params.items()}
-        total = {n: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for n, t in v.items()}
-        left = math.ceil(samples / ranks.world_size)
-        try:
-            with replay.replaying(window.buffers_seen), replay.single_samples():
-                for seen in window.passes:
-                    for i in range(min(left, seen.sight.size)):
-                        _add_square(total, seen, i, space, ranks)
-                        window.examples += 1
-                        left -= 1
-        finally:
-            for name, p in space.params.items():
-                p.grad = grads[name]
-        return {n: ranks.summed(t) for n, t in total.items()}
-
-    return fisher
-
-
-def _add_square(total: Vector, seen: MicroBatchRecord, i: int, space: ParameterSpace, ranks: Ranks) -> None:
-    space.clear_grads()
-    seen.rewind()
-    with ranks.deferred(), _one_sample_at_a_time():
-        seen.run(torch.tensor([i]))
-    grads = {n: g.to(total[n].dtype).nan_to_num(0.0, 0.0, 0.0) for n, g in space.grads().items() if n in total}
-    squares = list(grads.values())
-    torch._foreach_addcmul_([total[n] for n in grads], squares, squares)
-
-
-@contextlib.contextmanager
-def _one_sample_at_a_time() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:  # what a norm over the batch without running statistics raises
-        raise ValueError(
-            f"optim_args: mask=fisher runs the model on one sample at a time, which it cannot do in training mode "
-            f"({error}); choose mask=dynamic."
-        ) from error
+            passes += self.examples / sum(r.forward.size for r in self.records)
+        return passes, passes + sum(r.looks for r in self.records) / n

@@ -1,4 +1,6 @@
-"""The base optimizer that AdaSAM brings with it: AMSGrad without bias correction and without an additive epsilon.
+"""AdaSAM (Sun et al., Neural Networks 169, 2024): SAM's gradient in an optimizer of its own.
+
+AMSGrad without bias correction and without an additive epsilon:
 
     m ← β1 m + (1 − β1) d          v ← β2 v + (1 − β2) d²
     v̂ ← max(v̂, v)                  w ← w − η m / √v̂
@@ -18,6 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .method import Method, Paper
+from .sam import sam
+
+PAPER = Paper(
+    "AdaSAM: Boosting Sharpness-Aware Minimization with Adaptive Learning Rate and Momentum for Training Deep "
+    "Neural Networks",
+    "Sun, Hao and Shen, Li and Zhong, Qihuang and Ding, Liang and Chen, Shixiang and Sun, Jingwei and Li, "
+    "Jing and Sun, Guangzhong and Tao, Dacheng",
+    "Neural Networks, 169",
+    2024,
+    "2303.00565",
+    "sun2024adasam",
+)
+
 
 class AdaSAM(torch.optim.Optimizer):
     """AdaSAM's second half; its first, SAM's gradient, is found in `.grad`.
@@ -26,7 +42,7 @@ class AdaSAM(torch.optim.Optimizer):
         params: parameters or groups of them.
         lr: η > 0.
         betas: β1 and β2, each in [0, 1).
-        eps: ε > 0: no coordinate is divided by less.
+        eps: ε above 1.1e-19, so that float32 holds ε²: no coordinate is divided by less.
         weight_decay: decoupled, `w ← (1 − η · weight_decay) w`.
 
     Raises:
@@ -41,10 +57,11 @@ class AdaSAM(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
-        if not (lr >= 0 and eps > 0 and weight_decay >= 0 and all(0 <= b < 1 for b in betas)):
+        holds = eps > 0 and eps * eps >= torch.finfo(torch.float32).tiny
+        if not (lr >= 0 and holds and weight_decay >= 0 and all(0 <= b < 1 for b in betas)):
             raise ValueError(
                 f"AdaSAM: lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay} are not allowed together; "
-                "choose lr and weight_decay from 0, eps above 0 and betas from 0 to below 1, such as the defaults."
+                "choose lr and weight_decay from 0, eps from 1.1e-19 and betas from 0 to below 1, such as the defaults."
             )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -91,3 +108,15 @@ class AdaSAM(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, [s.to(p.dtype) for s, p in zip(steps, params, strict=True)], alpha=-group["lr"])
+
+
+METHOD = Method(
+    "adasam",
+    "AdaSAM: SAM's gradient in an AMSGrad of its own, without bias correction.",
+    sam,
+    rho=0.05,
+    paper=PAPER,
+    optimizer=AdaSAM,
+    renormalizes=False,
+    experimental="the paper's initial moments and weight decay could not be read at their source",
+)

@@ -24,6 +24,7 @@ class Option:
         above: whether `low` itself is excluded.
         choices: the values allowed, for a string.
         only_if: another option, and the values of it without which this one has no effect; None: it always has.
+        rho: the method's default radius where this option is on; None: as it is.
     """
 
     default: Value
@@ -33,6 +34,7 @@ class Option:
     above: bool = False
     choices: tuple[str, ...] = ()
     only_if: tuple[str, tuple[Value, ...]] | None = None
+    rho: float | None = None
 
     def read(self, method: str, name: str, raw: Any) -> Value:
         """`raw` as this option's type.
@@ -124,12 +126,16 @@ def parse_optim_args(text: str | Mapping[str, Any] | None) -> dict[str, Any]:
     """`"k=5,alpha=0.1"`, the form of the stock `optim_args` field, as a dictionary.
 
     Raises:
-        ValueError: if a part of `text` is not `name=value`.
+        ValueError: if a part of `text` is not `name=value`, or a name is given twice.
     """
     if text is None or isinstance(text, Mapping):
         return dict(text or {})
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    for part in parts:
+    options: dict[str, Any] = {}
+    for part in (part.strip() for part in text.split(",") if part.strip()):
         if part.count("=") != 1:
             raise ValueError(f"optim_args: `{part}` is not of the form name=value; write for example `k=5,alpha=0.1`.")
-    return {k.strip(): v.strip() for k, v in (part.split("=") for part in parts)}
+        name, value = (word.strip() for word in part.split("="))
+        if name in options:
+            raise ValueError(f"optim_args: `{name}` is given twice, as {options[name]} and as {value}; keep one.")
+        options[name] = value
+    return options

@@ -1,13 +1,15 @@
-"""Which operation cannot be differentiated twice, said in one sentence instead of an autograd trace."""
+"""Operations that torch cannot differentiate twice: done otherwise, or named in one sentence."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
 _WAY_OUT = "load the model with attn_implementation='eager' or 'sdpa', or replace the layer that calls it"
 
@@ -16,6 +18,22 @@ _NAMED = (
     r"[Dd]ouble backwards? is not supported for ([\w ]+?)(?: due| when|\.|,|$)",
     r"([\w.]+) (?:with aot_autograd )?does not (?:currently )?support double backward",
 )
+
+
+class ExactWeightNorm(TorchFunctionMode):
+    """Compute `g v / ‖v‖` by plain operations: the double backward of torch's fused one is wrong on the CPU (2.13).
+
+    Under `torch.nn.utils.parametrizations.weight_norm` and the older hook of that name, as in Wav2Vec2 and HuBERT.
+    """
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return (_weight_norm if function is torch._weight_norm else function)(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def refuse_once_differentiable(loss: Tensor) -> None:

@@ -25,12 +25,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from ..engine.replay import Replay
-from ..rules.tensors import Vector
+from ..rules.vectors import Vector
 from .arithmetic import finite
-from .double_backward import refuse_once_differentiable
+from .double_backward import ExactWeightNorm, refuse_once_differentiable
 from .measured import LossFunction, LossModule, model_loss, selected, without_autocast
 from .probe import Batch, Batches, as_batches, count_items, moved
 from .streamed import add_gradient, add_product
+from .symmetry import refuse_asymmetry
 
 
 class Objective:
@@ -88,6 +89,7 @@ class Objective:
         self.distributed = _several() if distributed is None else distributed and _several()
         self.size = sum(p.numel() for p in self.params.values())
         self.losses = self.gradients = self.products = 0
+        self._is_symmetric = False
         self._function, self._items, self._batches = LossModule(self.model, loss), items, as_batches(batches)
         self._replay = Replay(self.model)
         self._buffers, self._draws = self._replay.snapshot_buffers(), self._replay.snapshot_rng()
@@ -127,8 +129,10 @@ class Objective:
     def add_product(self, vector: Tensor, out: Tensor) -> Tensor:
         """`out ← out + H v`, in place, so that a Lanczos recurrence needs two vectors.
 
+        The first product is checked: it costs two more over the first batch (and no vector of memory).
+
         Raises:
-            NotImplementedError: if an operation of the model has no double backward; it is named.
+            NotImplementedError: if an operation of the model has no double backward, which is named, or a wrong one.
         """
         self.products += 1
         if self.distributed and dist.get_rank() > 0:
@@ -138,9 +142,13 @@ class Objective:
         def visit(loss: Tensor, leaves: list[Tensor], share: float) -> None:
             if self.products == 1:
                 refuse_once_differentiable(loss)
+            if not self._is_symmetric:
+                refuse_asymmetry(loss, leaves)
+                self._is_symmetric = True
             add_product(loss, leaves, directions, parts, share)
 
-        self._sweep(visit)
+        with ExactWeightNorm():
+            self._sweep(visit)
         self._bar.update()
         return finite(self._reduced(out), "a Hessian-vector product")
 

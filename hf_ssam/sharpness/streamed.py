@@ -33,6 +33,35 @@ def add_product(
     Raises:
         NotImplementedError: if an operation has no double backward; it is named.
     """
+    _stream_product(loss, leaves, directions, partial(_add, parts, share))
+
+
+def form(loss: Tensor, leaves: list[Tensor], u: list[Tensor], v: list[Tensor]) -> tuple[float, float]:
+    """`⟨Hu, v⟩` and `‖Hu‖`, of which no vector is ever whole; the graph of `loss` is kept.
+
+    Raises:
+        NotImplementedError: if an operation has no double backward; it is named.
+    """
+    sums = [0.0, 0.0]
+
+    def take(i: int, gradient: Tensor) -> None:
+        sums[0] += _dot(gradient, v[i])
+        sums[1] += torch.linalg.vector_norm(gradient).item() ** 2
+
+    _stream_product(loss, leaves, u, take, retain_graph=True)
+    return sums[0], sums[1] ** 0.5
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """Row by row where there are rows: `b` has strides that a product over all of it would first copy."""
+    rows = zip(a.split(2**10), b.split(2**10), strict=True) if a.dim() else [(a, b)]
+    return sum(torch.tensordot(x, y, x.dim()).item() for x, y in rows)
+
+
+def _stream_product(
+    loss: Tensor, leaves: list[Tensor], directions: list[Tensor], take: Take, retain_graph: bool = False
+) -> None:
+    """Call `take(i, part i of H v)` for every leaf that `∇⟨∇loss, v⟩` reaches."""
     edges: list[GradientEdge] = []
     outer: list[Tensor] = []
 
@@ -44,7 +73,7 @@ def add_product(
     try:
         _stream([loss], None, leaves, keep, create_graph=True)
         if edges:
-            _stream(edges, outer, leaves, partial(_add, parts, share))
+            _stream(edges, outer, leaves, take, retain_graph=retain_graph)
     except RuntimeError as error:
         raise unsupported(error) or error from error
 
@@ -59,6 +88,7 @@ def _stream(
     leaves: list[Tensor],
     take: Take,
     create_graph: bool = False,
+    retain_graph: bool = False,
 ) -> None:
     """One backward pass that calls `take(i, gradient)` for every leaf it reaches."""
 
@@ -68,7 +98,9 @@ def _stream(
 
     handles = [leaf.register_hook(partial(hook, i)) for i, leaf in enumerate(leaves)]
     try:
-        torch.autograd.grad(outputs, leaves, outer, create_graph=create_graph, allow_unused=True)
+        torch.autograd.grad(
+            outputs, leaves, outer, retain_graph or create_graph, create_graph=create_graph, allow_unused=True
+        )
     finally:
         for handle in handles:
             handle.remove()

@@ -1,11 +1,10 @@
 """Our own part of a checkpoint, beside the Trainer's files, and what tells a whole checkpoint from half of one.
 
-    ssam_state.json     method, options, ρ, counters
-    ssam_state/         the method's vectors, if it keeps any, by slot and parameter name: a
-                        torch.distributed.checkpoint, so that a state saved by N ranks is read by M
+    ssam_state.json     format, method, options, ρ, counters
+    ssam_state/         the method's vectors, if it keeps any, by slot and parameter name (`vector_files`)
 
-The Trainer writes `trainer_state.json` last; both of ours are on disk before it, so a checkpoint with a readable one
-is whole.
+The Trainer writes `trainer_state.json` last; all of ours is on disk before it, and what an earlier save left is taken
+away before the first file of a new one. So a checkpoint with a readable one is whole.
 """
 
 from __future__ import annotations
@@ -13,22 +12,44 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..rules.state import PLAIN
+from .step_log import PREFIX
+from .vector_files import Room, file_name, read_vectors, unusable, write_vectors
+
+FORMAT = 2
+"""1 was an index of `torch.distributed.checkpoint`, a pickle; its JSON file names no format."""
 
 STATE_FILE = "ssam_state.json"
 STATE_FOLDER = "ssam_state"
 TRAINER_STATE = "trainer_state.json"
+_SCHEDULER = "scheduler.pt"
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "method": str,
+    "options": dict,
+    "rho": (int, float),
+    "ascent_scope": str,
+    "steps": int,
+    "elapsed": int,
+    "total_passes": (int, float),
+    "save_id": str,
+    "files": int,
+    "vectors": list,
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +67,14 @@ class Settings:
         return [f"{n} was {saved[n]}, now {own[n]}" for n in own if saved.get(n) != own[n]]
 
 
+def discard_earlier_save(folder: str | Path) -> None:
+    """Take out of checkpoint `folder` what an earlier save left of ours, and first the proof that it was whole."""
+    Path(folder, TRAINER_STATE).unlink(missing_ok=True)
+    Path(folder, STATE_FILE).unlink(missing_ok=True)
+    if Path(folder, STATE_FOLDER).is_dir():
+        shutil.rmtree(Path(folder, STATE_FOLDER))
+
+
 def save_state(
     folder: str | Path, settings: Settings, state: Mapping[str, Any], writes: bool, total_passes: float
 ) -> None:
@@ -55,21 +84,23 @@ def save_state(
         folder: the checkpoint.
         settings: what the run is made with.
         state: from `TwoPass.state_dict`.
-        writes: whether this rank writes the JSON file.
+        writes: whether this rank writes what all ranks hold alike.
         total_passes: what the run has cost so far.
     """
     flat = flattened(state["memory"])
-    if flat:
-        dcp.save(flat, checkpoint_id=Path(folder) / STATE_FOLDER, no_dist=not torch.distributed.is_initialized())
+    sharded = any(isinstance(t, DTensor) for t in flat.values())
+    files = dist.get_world_size() if sharded else int(bool(flat))
+    save_id = _agreed(uuid.uuid4().hex) if sharded else uuid.uuid4().hex
+    if sharded or (flat and writes):
+        name = file_name(dist.get_rank() if sharded else 0, files)
+        write_vectors(Path(folder, STATE_FOLDER, name), flat, save_id, writes)
+    if sharded:
+        dist.barrier()  # no rank may go on to the last file of the checkpoint while another still writes
     if writes:
-        content = {
-            **_jsonable(settings.__dict__),
-            "steps": state["steps"],
-            "elapsed": state["elapsed"],
-            "total_passes": total_passes,
-            "vectors": sorted(flat),
-        }
-        _write(Path(folder) / STATE_FILE, json.dumps(content, indent=2, sort_keys=True) + "\n")
+        counters = {"steps": state["steps"], "elapsed": state["elapsed"], "total_passes": total_passes}
+        where = {"save_id": save_id, "files": files, "vectors": sorted(flat)}
+        content = {"format": FORMAT, **_jsonable(settings.__dict__), **counters, **where}
+        _write(Path(folder, STATE_FILE), json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def load_state(folder: str | Path, like: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -80,39 +111,76 @@ def load_state(folder: str | Path, like: Mapping[str, Tensor]) -> dict[str, Any]
         like: this run's parameters by name, laid out as the vectors are to be.
 
     Raises:
-        ValueError: if a vector belongs to a parameter that is not in `like`, or the vectors are missing.
+        ValueError: if a file is missing, damaged, of another save or of another format, or if a vector belongs to a
+            parameter that is not in `like` or has another shape there.
     """
-    path = Path(folder) / STATE_FILE
+    path, vectors = Path(folder, STATE_FILE), Path(folder, STATE_FOLDER)
     if not path.is_file():
+        if vectors.exists() or _was_perturbed(folder):
+            raise unusable(path, "is missing, though the checkpoint is of a sharpness-aware run")
         return None
-    content = json.loads(path.read_text())
-    memory = _read_vectors(Path(folder), content["vectors"], like)
+    content = _checked(path, _read_json(path))
+    flat = read_vectors(vectors, content["files"], content["save_id"], _room(vectors, like))
+    if sorted(flat) != content["vectors"]:
+        raise unusable(path, f"names {len(content['vectors'])} vectors, and {vectors} holds other ones")
+    memory: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in flat.items():
+        slot, name = key.split("/", 1)
+        memory.setdefault(slot, {})[name] = tensor
     return {**content, "memory": memory}
 
 
-def _read_vectors(folder: Path, keys: list[str], like: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    named = [key.split("/", 1) for key in keys]
-    unknown = [name for slot, name in named if slot != PLAIN and name not in like]
-    if unknown:
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise unusable(path, f"is damaged ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise unusable(path, "is damaged (no JSON object)")
+    return content
+
+
+def _checked(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    version = content.get("format", 1)
+    if not isinstance(version, int):
+        raise unusable(path, f"is damaged (`format` is {version})")
+    if version != FORMAT:
+        age = "an earlier" if version < FORMAT else "a later"
         raise ValueError(
-            f"resume_from_checkpoint: {folder / STATE_FOLDER} holds vectors for `{unknown[0]}`, which this model does "
-            "not train; resume with the model that the checkpoint was saved with, or start a new run."
+            f"resume_from_checkpoint: {path} has format {version}, written by {age} version of hf_ssam, and this one "
+            f"reads format {FORMAT}; resume with that version, or start a new run."
         )
-    if not keys:
-        return {}
-    metadata = dcp.FileSystemReader(folder / STATE_FOLDER).read_metadata().state_dict_metadata
-    flat = {f"{s}/{n}": _empty(metadata[f"{s}/{n}"], None if s == PLAIN else like[n]) for s, n in named}
-    dcp.load(flat, checkpoint_id=folder / STATE_FOLDER, no_dist=not torch.distributed.is_initialized())
-    memory: dict[str, dict[str, Tensor]] = {}
-    for slot, name in named:
-        memory.setdefault(slot, {})[name] = flat[f"{slot}/{name}"]
-    return memory
+    for name, kind in _FIELDS.items():
+        if not isinstance(content.get(name), kind):
+            raise unusable(path, f"is damaged (`{name}` is {content.get(name, 'missing')})")
+    return content
 
 
-def _empty(saved: Any, like: Tensor | None) -> Tensor:
-    """Room for a saved tensor: laid out like its parameter, or whole on the host where it belongs to none."""
-    dtype = saved.properties.dtype
-    return torch.empty(saved.size, dtype=dtype) if like is None else torch.empty_like(like, dtype=dtype)
+def _room(vectors: Path, like: Mapping[str, Tensor]) -> Room:
+    """Room for saved tensors: laid out like their parameter, or whole on the host where they belong to none."""
+
+    def room(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        slot, _, name = key.partition("/")
+        if slot == PLAIN:
+            return torch.empty(shape, dtype=dtype)
+        if name in like and tuple(like[name].shape) == shape:
+            return torch.empty_like(like[name], dtype=dtype)
+        now = f"has with shape {tuple(like[name].shape)}" if name in like else "does not train"
+        raise ValueError(
+            f"resume_from_checkpoint: {vectors} holds vectors of shape {shape} for `{name}`, which this model {now}; "
+            "resume with the model that the checkpoint was saved with, or start a new run."
+        )
+
+    return room
+
+
+def _was_perturbed(checkpoint: str | Path) -> bool:
+    """Whether the newest training entry of the log is of ours; not asked where the model alone was saved."""
+    state = trainer_state(checkpoint)
+    if state is None or not Path(checkpoint, _SCHEDULER).is_file():
+        return False
+    newest = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+    return any(name.startswith(PREFIX) for name in newest)
 
 
 def flattened(memory: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -120,13 +188,17 @@ def flattened(memory: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {f"{slot}/{name}": tensor for slot, vector in memory.items() for name, tensor in vector.items()}
 
 
+def trainer_state(checkpoint: str | Path) -> TrainerState | None:
+    """What the Trainer wrote last into `checkpoint`; None where it did not come to that."""
+    try:
+        return TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+
+
 def is_whole(checkpoint: str | Path) -> bool:
     """Whether the Trainer finished writing `checkpoint`: its last file is there and can be read."""
-    try:
-        TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE))
-    except (OSError, ValueError, TypeError):
-        return False
-    return True
+    return trainer_state(checkpoint) is not None
 
 
 def sorted_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -146,6 +218,13 @@ def last_whole_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[Pat
     return None, broken
 
 
+def _agreed(value: str) -> str:
+    """The first rank's `value`, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
     return {n: dict(v) if isinstance(v, Mapping) else v for n, v in values.items()}
 
@@ -153,5 +232,5 @@ def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
 def _write(path: Path, text: str) -> None:
     """Write `path` whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)

@@ -20,9 +20,11 @@ from ..engine.parameters import trainable
 from ..engine.per_sample import per_sample_losses
 from ..engine.two_pass import TwoPass
 from ..hub.model_card import ModelCardMixin
-from ..methods.table import checked_rho
+from ..methods.method import checked_rho
 from . import checks as refusals
+from .base_optimizer import BaseOptimizerMixin
 from .checkpoints import Settings
+from .hook_guard import HookGuardMixin
 from .loss_counts import LossCountMixin
 from .micro_batches import HostMixin, MicroBatch
 from .resuming import ResumeMixin
@@ -32,7 +34,9 @@ from .step_log import PREFIX, StepLog
 from .training_args import SSAMArgumentsMixin
 
 
-class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, ModelCardMixin):
+class SSAMTrainerMixin(
+    BaseOptimizerMixin, HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, HookGuardMixin, ModelCardMixin
+):
     """Sharpness-aware training for any Trainer: `class MyTrainer(SSAMTrainerMixin, SFTTrainer): ...`.
 
     The constructor is the parent's. With `optim` a name in `hf_ssam.METHODS` every optimizer step uses the gradient
@@ -66,31 +70,24 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
 
             self.add_callback(SharpnessCallback(self))
 
-    def get_optimizer_cls_and_kwargs(self, args: Any, model: nn.Module | None = None) -> tuple[Any, Any]:
-        """The base optimizer's class and arguments; `adasam` brings its own."""
-        own = args.method().optimizer if args.is_sharpness_aware else None
-        if own is not None:
-            betas = (args.adam_beta1, args.adam_beta2)
-            return own, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
-        return super().get_optimizer_cls_and_kwargs(args.base_arguments(), model)
-
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One micro-batch; after the last of a window `.grad` is the descent gradient, the weights untouched."""
         if self.two_pass is None:
+            self.check_prepared()
             return super().training_step(model, inputs, num_items_in_batch)
         last = self.accelerator.sync_gradients
         ids, inputs = ids_of(inputs), without_ids(inputs)
         self._window_flos += float(self.floating_point_ops(inputs))
         whole = MicroBatch(self, super().training_step, model, inputs, num_items_in_batch, last)
         if not self.two_pass.is_open:
-            self.two_pass.rho, self.two_pass.elapsed = self._rho_now(), self.state.global_step
-            self.two_pass.begin(self._loss_scale())
+            self._begin_step()
         loss = 0.0
-        for run in [whole] if self.args.num_micro_batches == 1 else whole.split(self.args.num_micro_batches):
+        for run in whole.split(self.args.num_micro_batches):
             own = ids if ids is None or run.rows is None else ids[run.rows]
-            loss += self.two_pass.first_pass(run, self._share(run, num_items_in_batch), own)
+            share = self._share(run, num_items_in_batch)
+            loss += self.two_pass.first_pass(run, share, own, run.inputs.get("labels"))
         if last:
             self._finish_step()
         return loss
@@ -137,8 +134,8 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
         self._rho_factor = rho_factor(args.rho_scheduler_type, max_steps)
         method = args.method()
         varies = args.ascent_interval > 1 or args.ascent_start > 0 or args.ascent_scope != "global"
-        rules = method.rules()
-        refusals.refuse_static_graph(model, varies or rules.period != 1 or rules.takes_indices)
+        rules = method.build()
+        refusals.refuse_static_graph(model, varies or rules.second_pass.varies or rules.takes_indices)
         refusals.refuse_static_shapes(self, rules.takes_indices)
         refusals.refuse_shared_samples(self, rules.takes_indices)
         self.two_pass = TwoPass(
@@ -150,6 +147,7 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
             parameters=refusals.same_parameters(trainable(model), self.optimizer),
             replay_rng=args.replay_rng,
             offload_snapshot=args.offload_snapshot,
+            free_snapshot=args.free_snapshot,
             per_sample_loss=self.per_sample_loss,
             dataset_size=len(self.train_dataset) if has_length(self.train_dataset) else None,
             total_steps=max_steps,
@@ -177,13 +175,20 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
                 stacklevel=3,
             )
 
-    def _rho_now(self) -> float:
-        step = self.state.global_step
+    def rho_at(self, step: int) -> float:
+        """Radius ρ of optimizer step `step`, from 0; the engine and the curvature callback ask it, a subclass may
+        override it."""
         if not is_ascent_step(step, self._ascent_start, self.args.ascent_interval):
             return 0.0
         group = self.optimizer.param_groups[0]
         lr_share = group["lr"] / (group.get("initial_lr", self.args.learning_rate) or 1.0)
         return self._settings.rho * self._rho_factor(step, lr_share)
+
+    def _begin_step(self) -> None:
+        step = self.state.global_step
+        self.two_pass.rho = self.rho_at(step)
+        self.two_pass.clock.elapsed, self.two_pass.clock.lr = step, self.optimizer.param_groups[0]["lr"]
+        self.two_pass.begin(self._loss_scale())
 
     def _loss_scale(self) -> Tensor | None:
         """The GradScaler's scale, on its device: `get_scale` would wait for it."""

@@ -5,9 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .checkpoints import Settings, is_whole, last_whole_checkpoint, load_state, save_state
+from .checkpoints import (
+    Settings,
+    discard_earlier_save,
+    is_whole,
+    last_whole_checkpoint,
+    load_state,
+    save_state,
+)
 from .step_log import StepLog
 
 logger = logging.get_logger(__name__)
@@ -25,6 +34,13 @@ class ResumeMixin:
             ValueError: if the named checkpoint was not finished, or none in the output folder was.
         """
         return super().train(self._whole_checkpoint(resume_from_checkpoint), *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            discard_earlier_save(Path(self._get_output_dir(trial=trial), folder))
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -26,15 +26,28 @@ class IndexedDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.dataset[index], ID: int(index)}
 
+    @property
+    def __getitems__(self) -> Callable[[list[int]], list[dict[str, Any]]]:
+        """A whole batch at once, where `dataset` gives it.
+
+        Raises:
+            AttributeError: where it does not; torch's fetcher then asks row by row.
+        """
+        rows_at = self.dataset.__getitems__
+        return lambda indices: [{**row, ID: int(index)} for row, index in zip(rows_at(indices), indices, strict=True)]
+
 
 @dataclass
 class IdCollator:
-    """`collator`, with the rows' indices as a list beside what it makes of the rest."""
+    """`collator`, with the rows' indices beside what it makes of the rest.
+
+    As a tensor: Accelerate cuts, joins and broadcasts the tensors of a batch, and nothing else.
+    """
 
     collator: Callable[[list[dict[str, Any]]], Any]
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
-        ids = [row[ID] for row in rows]
+        ids = torch.tensor([row[ID] for row in rows])
         batch = self.collator([{n: v for n, v in row.items() if n != ID} for row in rows])
         batch[ID] = ids
         return batch
@@ -47,7 +60,7 @@ def without_ids(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def ids_of(inputs: Mapping[str, Any]) -> torch.Tensor | None:
     """Dataset indices of a batch's samples, shape (B,); None where they are not carried."""
-    return torch.tensor(inputs[ID]) if ID in inputs else None
+    return inputs.get(ID)
 
 
 class SampleIdMixin:
@@ -61,7 +74,7 @@ class SampleIdMixin:
         Raises:
             ValueError: if the method scores samples and the data set cannot tell them apart.
         """
-        if not (self.args.is_sharpness_aware and self.args.method().rules().needs_ids):
+        if not (self.args.is_sharpness_aware and self.args.method().build().needs_ids):
             return super().get_train_dataloader()
         dataset = self.train_dataset
         if isinstance(dataset, IterableDataset) or not has_length(dataset):

@@ -33,12 +33,12 @@ def rho_factor(name: str, max_steps: int) -> Callable[[int, float], float]:
 
 
 def first_ascent(start: float, max_steps: int) -> int:
-    """The step at which perturbing starts: `start` itself, or that share of `max_steps` where it is below 1.
+    """The step at which perturbing starts: `start` itself, or that share of `max_steps`, rounded, where it is below 1.
 
     Raises:
         ValueError: if the run would end before.
     """
-    step = int(start * max_steps) if start < 1 else int(start)
+    step = min(round(start * max_steps), max_steps - 1) if start < 1 else int(start)
     if step >= max_steps:
         raise ValueError(
             f"ascent_start: {start:g} is step {step} of a run of {max_steps} steps, so nothing would ever be "

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
-from transformers.training_args import OptimizerNames
-from transformers.utils import ExplicitEnum
 
 from ..engine.ranks import SCOPES
+from ..hub.redaction import masked
+from ..methods import METHODS, Method, get_method
+from ..methods.method import checked_rho
 from ..methods.options import parse_optim_args
-from ..methods.table import METHODS, Method, checked_rho, get_method
+from .optimizer_names import checked_base, checked_optim, optim_help, options_help, plain
 from .schedules import RHO_SCHEDULES
 
-# HfArgumentParser narrows `OptimizerNames | str` to the enum and takes its values as choices, so the field needs an
-# enum that has our names too.
-SSAMOptimizerNames = ExplicitEnum(
-    "SSAMOptimizerNames",
-    {**{name.upper(): name for name in METHODS}, **{o.name: o.value for o in OptimizerNames}},
-    module=__name__,
-)
-
 _STEPS_IN_BACKWARD = ("lomo", "adalomo")
-
-
-def _options_help() -> str:
-    lines = (f"{m.name}: " + ", ".join(f"{n}={o.default}" for n, o in m.options.items()) for m in METHODS.values())
-    return "The options of the method, written `name=value,name=value`. " + "; ".join(lines) + "."
-
-
-def _optim_help() -> str:
-    rows = "; ".join(f"`{m.name}` ({m.paper.title}, rho {m.rho:g}, {m.passes} passes)" for m in METHODS.values())
-    return f"A sharpness-aware method, or any stock optimizer name for plain training. Methods: {rows}."
+_OF_EVERY_RUN = ("optim", "optim_args", "mend_loss_count", "sharpness_steps")
 
 
 @dataclass(repr=False)
@@ -71,13 +58,19 @@ class SSAMArgumentsMixin:
     Args:
         replay_rng (`bool`, defaults to `True`): give the second pass the random numbers of the first. Without it the
             two losses differ by their dropout masks as well as by the perturbation.
+        mend_loss_count (`bool`, defaults to `True`): divide a model's loss by the number of micro-batches where the
+            model takes `num_items_in_batch` and ignores it, with a stock `optim` too; a stock Trainer takes such a
+            loss for a share of the batch, and its gradient is `accumulation × processes` times too large.
         offload_snapshot (`bool`, defaults to `False`): keep the copy of the weights in host memory.
+        free_snapshot (`bool`, defaults to `False`): give the memory of that copy back after each step. On the CPU it is
+            kept otherwise, since fresh memory costs more than ten copies.
         sharpness_steps (`int`, *optional*): measure the curvature every n steps.
     """
 
-    optim: SSAMOptimizerNames | str = field(default="ssam", metadata={"help": _optim_help()})
-    optim_args: str | None = field(default=None, metadata={"help": _options_help()})
-    base_optim: OptimizerNames | str = field(
+    # `OptimizerNames | str` would be narrowed to the enum by HfArgumentParser, and `ssam` refused.
+    optim: str = field(default="ssam", metadata={"help": optim_help(METHODS)})
+    optim_args: str | None = field(default=None, metadata={"help": options_help(METHODS)})
+    base_optim: str = field(
         default=TrainingArguments.default_optim, metadata={"help": "The stock optimizer that uses the gradient."}
     )
     base_optim_args: str | None = field(default=None, metadata={"help": "`optim_args` of the base optimizer."})
@@ -101,7 +94,17 @@ class SSAMArgumentsMixin:
     replay_rng: bool = field(
         default=True, metadata={"help": "Give the second pass the random numbers of the first (same dropout)."}
     )
+    mend_loss_count: bool = field(
+        default=True,
+        metadata={
+            "help": "Divide a mean loss that ignores num_items_in_batch by the number of micro-batches, with a stock "
+            "optim too; a stock Trainer takes it for a share of the batch: accumulation × processes times too large."
+        },
+    )
     offload_snapshot: bool = field(default=False, metadata={"help": "Keep the copy of the weights in host memory."})
+    free_snapshot: bool = field(
+        default=False, metadata={"help": "Give the memory of that copy back after each step (CPU)."}
+    )
     sharpness_steps: int | None = field(
         default=None, metadata={"help": "Measure and log the curvature every n steps; None: never."}
     )
@@ -112,18 +115,14 @@ class SSAMArgumentsMixin:
         dataclass(repr=False)(cls)
 
     def __post_init__(self) -> None:
-        asked, asked_args = SSAMOptimizerNames(_plain(self.optim)).value, self.optim_args
-        self.base_optim = OptimizerNames(_plain(self.base_optim))
-        if asked in METHODS:
-            self.optim, self.optim_args = self.base_optim, self.base_optim_args
-        super().__post_init__()
-        if asked in METHODS:
-            self.optim, self.optim_args = asked, asked_args
+        self.optim, self.base_optim = checked_optim(self.optim), checked_base(self.base_optim)
+        with self.base_optimizer_named():
+            super().__post_init__()
         self.check_ssam()
 
     def set_optimizer(self, name: str = "ssam", *args: Any, **kwargs: Any) -> SSAMArgumentsMixin:
         """As the parent's; a method's name is taken too, the other arguments then describe its base optimizer."""
-        asked = _plain(name)
+        asked = checked_optim(name)
         super().set_optimizer(self.base_optim if asked in METHODS else asked, *args, **kwargs)
         if asked in METHODS:
             self.base_optim_args, self.optim_args, self.optim = self.optim_args, None, asked
@@ -140,7 +139,15 @@ class SSAMArgumentsMixin:
         Raises:
             ValueError: if `optim` is a stock name, or an option does not exist or is out of range.
         """
-        return get_method(self.optim, **parse_optim_args(self.optim_args))
+        options = parse_optim_args(self.optim_args)
+        known = METHODS[self.optim].options if self.is_sharpness_aware else options
+        for name in options:
+            if name not in known:
+                raise ValueError(
+                    f"optim_args: method `{self.optim}` has no option `{name}`; its options are "
+                    f"{', '.join(sorted(known))}, and those of the base optimizer go into base_optim_args."
+                )
+        return get_method(self.optim, **options)
 
     def base_arguments(self) -> SSAMArgumentsMixin:
         """These arguments as a stock Trainer would be given them: `optim` is the base optimizer."""
@@ -149,6 +156,39 @@ class SSAMArgumentsMixin:
         stock = copy.copy(self)
         stock.optim, stock.optim_args = self.base_optim, self.base_optim_args
         return stock
+
+    @contextlib.contextmanager
+    def base_optimizer_named(self) -> Iterator[None]:
+        """`optim` and `optim_args` are those of the base optimizer inside, for code that knows stock names only.
+
+        In place, since such code may hold these arguments by another name than the Trainer's.
+        """
+        if not self.is_sharpness_aware:
+            yield
+            return
+        asked = self.optim, self.optim_args
+        self.optim, self.optim_args = self.base_optim, self.base_optim_args
+        try:
+            yield
+        finally:
+            self.optim, self.optim_args = asked
+
+    def _warn_of_idle_fields(self) -> None:
+        """Say which of our fields were given beside a stock optimizer, where they do nothing."""
+        ours = {f.name for f in fields(SSAMArgumentsMixin)} - {*_OF_EVERY_RUN}
+        idle = [f.name for f in fields(self) if f.name in ours and getattr(self, f.name) != f.default]
+        if idle:
+            given = ", ".join(f"{name}={plain(getattr(self, name))}" for name in idle)
+            warnings.warn(
+                f"{given}: no effect with the stock optimizer optim={plain(self.optim)}; choose a method such as "
+                "optim=ssam, or leave them out.",
+                UserWarning,
+                stacklevel=5,
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the parent's, which trackers log and callbacks write; it hides tokens, this hides every secret field."""
+        return masked(super().to_dict(), lambda name: f"<{name.upper()}>")
 
     def check_ssam(self) -> None:
         """Refuse what cannot work, naming the argument and the way out.
@@ -161,9 +201,10 @@ class SSAMArgumentsMixin:
         if self.sharpness_steps is not None and self.sharpness_steps < 1:
             raise ValueError(f"sharpness_steps: {self.sharpness_steps} is not allowed; choose an integer from 1.")
         if not self.is_sharpness_aware:
+            self._warn_of_idle_fields()
             return
         checked_rho(self.rho, self.method())
-        base = _plain(self.base_optim)
+        base = plain(self.base_optim)
         if base in _STEPS_IN_BACKWARD or base.endswith("_layerwise"):
             raise ValueError(
                 f"base_optim: `{base}` steps inside backward, before the second pass exists; choose another, such as "
@@ -188,10 +229,6 @@ class SSAMArgumentsMixin:
         for name in ("ascent_interval", "num_micro_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is not allowed; choose an integer from 1.")
-
-
-def _plain(name: Any) -> str:
-    return name.value if isinstance(name, ExplicitEnum) else str(name)
 
 
 @dataclass(repr=False)

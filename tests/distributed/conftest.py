@@ -1,23 +1,39 @@
-"""One start of each worker for the whole session: processes are dear, scenarios are cheap."""
+"""One start of two processes for the whole session: processes are dear, scenarios are cheap."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 
 from hf_ssam.trainer.checkpoints import save_state
-from tests.distributed.launching import Runs, started
+from tests.distributed.launching import Runs, TwoProcesses
 from tests.distributed.loops import SETTINGS, alone
 
 
 @pytest.fixture(scope="session")
-def ddp(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """What `ddp_worker.py` left."""
-    return started("ddp_worker.py", tmp_path_factory.mktemp("ddp"))
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoProcesses]:
+    """Two ranks that run scenarios until the session ends."""
+    processes = TwoProcesses(tmp_path_factory.mktemp("two_processes"))
+    yield processes
+    processes.stop()
 
 
 @pytest.fixture(scope="session")
-def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """What `fsdp2_worker.py` left; it finds in `alone` the state that a single process saved."""
-    folder = tmp_path_factory.mktemp("fsdp2")
-    save_state(folder / "alone", SETTINGS, alone().state_dict(), True, 10.0)
-    return started("fsdp2_worker.py", folder)
+def ddp(two_processes: TwoProcesses) -> Runs:
+    """What the scenarios of `ddp_worker.py` leave."""
+    return Runs(two_processes, "ddp")
+
+
+@pytest.fixture(scope="session")
+def fsdp2(two_processes: TwoProcesses) -> Runs:
+    """What those of `fsdp2_worker.py` leave; they find in `alone` the state that a single process saved."""
+    runs = Runs(two_processes, "fsdp2")
+    save_state(runs.folder / "alone", SETTINGS, alone().state_dict(), True, 10.0)
+    return runs
+
+
+@pytest.fixture(scope="session")
+def methods(two_processes: TwoProcesses) -> Runs:
+    """What those of `methods_worker.py` leave."""
+    return Runs(two_processes, "methods")

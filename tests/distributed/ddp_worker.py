@@ -1,4 +1,4 @@
-"""Scenarios under DistributedDataParallel; started by `tests/distributed/conftest.py`."""
+"""Scenarios under DistributedDataParallel; run by `worker.py`, or alone under `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from hf_ssam import SSAMTrainer, TwoPass, get_method
-from hf_ssam.methods.recipes import Rules
-from hf_ssam.methods.table import Method
+from hf_ssam.methods import Method, Rules
 from hf_ssam.rules.context import StepContext
-from hf_ssam.rules.tensors import Vector
+from hf_ssam.rules.vectors import Vector
 from tests.distributed.launching import Scenario, main
 from tests.distributed.loops import narrow, own_batches, squared
 from tests.distributed.scenarios import (
@@ -46,7 +45,9 @@ from tests.support.cases import (
     resnet,
     text_data,
     trained,
+    weights,
 )
+from tests.support.sample_ids import LOADERS, ausam
 
 SSAM, SAM = Case("ssam"), Case("sam")
 ADAMW = {"base_optim": "adamw_torch", "weight_decay": 0.1}
@@ -164,7 +165,7 @@ def keeping(v: Vector, at: StepContext) -> Vector:
 def keeper() -> Method:
     """A method whose descent reads the first gradient."""
     method = get_method("sam")
-    return replace(method, build=lambda **_: Rules(method.rules().ascent, keeping, keeps_gradient=True))
+    return replace(method, rules=lambda **_: Rules(method.build().ascent, keeping, keeps_gradient=True))
 
 
 def views(scope: str, folder: Path) -> dict[str, Any]:
@@ -202,6 +203,12 @@ def batch_norm(scope: str, folder: Path) -> dict[str, Any]:
         "tiny": ran(Case("sam", rho=1e-30), resnet(), image_data(), ascent_scope=scope, **given),
         "real": ran(SSAM, resnet(), image_data(), ascent_scope=scope, **given),
     }
+
+
+def told_of_samples(loader: dict[str, bool], folder: Path) -> dict[str, Any]:
+    """Which samples each micro-batch was told that it holds, and what it holds."""
+    trainer = ausam(accelerator_config=loader, per_device_train_batch_size=4)
+    return {"ids": trainer.ids, "rows": trainer.rows, "weights": weights(trainer.model)}
 
 
 SCENARIOS: dict[str, Scenario] = {
@@ -265,6 +272,7 @@ SCENARIOS: dict[str, Scenario] = {
     "uneven": uneven,
     "static_graph": static_graph,
     "evaluated": evaluated,
+    **{f"sample_ids/{name}": partial(told_of_samples, loader) for name, loader in LOADERS.items()},
     **{f"batch_norm/{scope}": partial(batch_norm, scope) for scope in SCOPES},
     **{
         f"resume/{scope}": lambda folder, s=scope: resumed(
@@ -279,6 +287,9 @@ SCENARIOS: dict[str, Scenario] = {
         )
         for scope in SCOPES
     },
+    "resume/vectors": lambda folder: resumed(
+        Case("friendly_sam"), bert, text_data(), folder, per_device_train_batch_size=4, **ADAMW
+    ),
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Scenarios on models sharded by FSDP2; started by `tests/distributed/conftest.py`."""
+"""Scenarios on models sharded by FSDP2; run by `worker.py`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from hf_ssam import SSAMTrainer, TwoPass
-from hf_ssam.trainer.checkpoints import load_state, save_state
-from tests.distributed.launching import WORLD, Scenario, main
+from hf_ssam.trainer.checkpoints import STATE_FOLDER, load_state, save_state
+from hf_ssam.trainer.vector_files import file_name
+from tests.distributed.launching import WORLD, Scenario
 from tests.distributed.loops import SETTINGS, batches, loop, narrow
 from tests.distributed.scenarios import (
     SpoiledSecondPass,
@@ -145,10 +146,14 @@ def plain(folder: Path) -> dict[str, Any]:
 
 
 def states(folder: Path) -> dict[str, Any]:
-    """A method's state: saved by two ranks to `two`; and `alone`, which a single process saved, read by two."""
+    """A method's state: saved by two ranks to `two` and `again`; and `alone`, which one process saved, read by two."""
     mine = shard_loop(False, folder, method="friendly_sam")
-    save_state(folder / "two", SETTINGS, mine["two_pass"].state_dict(), dist.get_rank() == 0, 10.0)
+    for name in ("two", "again", "spoiled"):
+        save_state(folder / name, SETTINGS, mine["two_pass"].state_dict(), dist.get_rank() == 0, 10.0)
     space = mine["two_pass"].space
+    if dist.get_rank() == 0:
+        (folder / "spoiled" / STATE_FOLDER / file_name(1, WORLD)).unlink()
+    dist.barrier()
     read = load_state(folder.parent / "alone", space.params)
     fresh = TwoPass(fully_shard(narrow()), "friendly_sam", 0.1)
     fresh.load_state_dict(load_state(folder.parent / "alone", fresh.space.params))
@@ -156,6 +161,7 @@ def states(folder: Path) -> dict[str, Any]:
         "saved": mine["state"],
         "read": whole(read["memory"]),
         "taken": whole(fresh.state_dict()),
+        "refused": refused(lambda: load_state(folder / "spoiled", space.params)),
         "layout": {n: str(t.placements) for n, t in read["memory"]["average"].items()},
     }
 
@@ -236,7 +242,3 @@ SCENARIOS: dict[str, Scenario] = {
     "plain": plain,
     "states": states,
 }
-
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    main(SCENARIOS)

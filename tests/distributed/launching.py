@@ -1,7 +1,7 @@
-"""Starts a worker in two processes and reads what each left.
+"""Two processes that start once for the whole session, and run a scenario when a test asks for its result.
 
-A worker is a script of named scenarios. It only runs them and saves what came out; what must hold is asserted by the
-tests, in the process of pytest, so that one start serves many tests and a failure names the cell that broke.
+A scenario only runs and saves what came out; what must hold is asserted by the tests, in the process of pytest, so
+that one start serves many tests and a failure names the cell that broke.
 """
 
 from __future__ import annotations
@@ -43,40 +43,99 @@ def run(
 
 
 def torchrun(worker: str, *argv: str) -> subprocess.CompletedProcess[str]:
-    """Run a script of this folder in two processes, on ports that are free."""
+    """Run a script of this folder in two processes of its own, on ports that are free."""
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}")
     return run([*launcher, str(HERE / worker), *argv])
 
 
-class Runs:
-    """What the scenarios of one start left, by name: `runs["resume/rank"]` is a list with one entry a rank."""
+def files_of(folder: Path, name: str) -> list[Path]:
+    """What the scenario `name` leaves in `folder`: a file a rank."""
+    return [folder / name / f"rank{r}.pt" for r in range(WORLD)]
 
-    def __init__(self, folder: Path, log: str):
-        self.folder, self.log = folder, log
+
+class TwoProcesses:
+    """The ranks of one group, waiting for scenarios by name; the first one that is asked for starts them.
+
+    Results stay in `folder`: asked for again, they are read again. A scenario that fails ends both ranks (one may wait
+    for the other), and the next one starts new ones.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._ranks: list[subprocess.Popen[str]] = []
 
     def __getitem__(self, name: str) -> list[Any]:
-        files = [self.folder / f"{name.replace('/', '.')}.rank{r}.pt" for r in range(WORLD)]
-        missing = [f.name for f in files if not f.is_file()]
-        assert not missing, f"the scenario {name} left no {missing[0]}; the end of the log:\n{self.log[-5000:]}"
+        """What scenario `name` left, with one entry a rank."""
+        files = files_of(self.folder, name)
+        if not all(f.is_file() for f in files):
+            self._run(name)
         return [torch.load(f, weights_only=False) for f in files]
 
+    def _run(self, name: str) -> None:
+        self._ranks = self._ranks or [self._started(rank) for rank in range(WORLD)]
+        try:
+            for process in self._ranks:
+                print(name, file=process.stdin, flush=True)
+            for process in self._ranks:
+                assert process.stdout.readline().strip() == name, f"the scenario {name} failed:\n{self._log()}"
+        except BaseException:
+            self.stop()
+            raise
 
-def started(worker: str, folder: Path) -> Runs:
-    """Run every scenario of `worker`."""
-    done = torchrun(worker, str(folder))
-    return Runs(folder, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
+    def _started(self, rank: int) -> subprocess.Popen[str]:
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
+        with open(self.folder / f"rank{rank}.log", "w") as log:
+            return subprocess.Popen(
+                [sys.executable, str(HERE / "worker.py"), str(self.folder)],
+                env={**environment(), **{k: str(v) for k, v in variables.items()}},
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def _log(self) -> str:
+        return "\n".join((self.folder / f"rank{rank}.log").read_text()[-5000:] for rank in range(WORLD))
+
+    def stop(self) -> None:
+        """End both ranks and what they wait for."""
+        for process in self._ranks:
+            process.kill()
+            process.communicate()
+        self._ranks = []
+        (self.folder / "rendezvous").unlink(missing_ok=True)
+
+
+class Runs:
+    """The scenarios of one kind: `Runs(processes, "ddp")["resume/rank"]` is `processes["ddp/resume/rank"]`."""
+
+    def __init__(self, processes: TwoProcesses, kind: str):
+        self._processes, self._kind = processes, kind
+        self.folder = processes.folder / kind
+
+    def __getitem__(self, name: str) -> list[Any]:
+        return self._processes[f"{self._kind}/{name}"]
+
+    def folder_of(self, name: str) -> Path:
+        """Where scenario `name` has written."""
+        assert self[name]
+        return self.folder / name
 
 
 def main(scenarios: Mapping[str, Scenario]) -> None:
-    """The main program of a worker, `worker.py FOLDER [BEGINNING OF A NAME …]`; a scenario has its own folder."""
+    """Run the scenarios that the command line names, `worker.py FOLDER [NAME …]`, or those that standard input names.
+
+    Each has a folder of its own in FOLDER, by its name. The name of one that is done is written to standard output.
+    """
     torch.set_num_threads(1)
-    folder, beginnings = Path(sys.argv[1]), tuple(sys.argv[2:]) or ("",)
-    for name, scenario in scenarios.items():
-        if name.startswith(beginnings):
-            own = folder / name.replace("/", ".")
-            own.mkdir(parents=True, exist_ok=True)
-            with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints each log entry
-                result = scenario(own)
-            assert dist.get_world_size() == WORLD, f"{dist.get_world_size()} processes in place of {WORLD}"
-            torch.save(result, f"{own}.rank{dist.get_rank()}.pt")
+    folder, done = Path(sys.argv[1]), sys.stdout
+    for name in sys.argv[2:] or map(str.strip, sys.stdin):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(0)
+        with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints each log entry
+            result = scenarios[name](folder / name)
+        assert dist.get_world_size() == WORLD, f"{dist.get_world_size()} processes in place of {WORLD}"
+        torch.save(result, files_of(folder, name)[dist.get_rank()])
+        print(name, file=done, flush=True)
     dist.destroy_process_group()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ssam import TwoPass
-from hf_ssam.methods.table import Method
+from hf_ssam.methods import Method
 from hf_ssam.trainer.checkpoints import Settings
 
 SETTINGS = Settings("friendly_sam", {}, 0.1, "global")

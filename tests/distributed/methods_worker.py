@@ -1,12 +1,8 @@
-"""Every method in two processes: alone, under DDP and sharded by FSDP2, on the halves of the same batches.
-
-Usage: torchrun methods_worker.py OUT FOLDER. Rank 0 writes one JSON object to OUT; FOLDER is for checkpoints.
-"""
+"""Every method in two processes: alone, under DDP and sharded by FSDP2, on the halves of the same batches."""
 
 from __future__ import annotations
 
-import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from hf_ssam import TwoPass
 from hf_ssam.trainer.checkpoints import Settings, load_state, save_state
+from tests.distributed.launching import Scenario
 from tests.support.cases import CASES, ONE_PASS_CASES, Case
 
 MASKS = (
@@ -97,7 +94,7 @@ def state_of(engine: TwoPass) -> Tensor:
     return whole(kept or [torch.zeros(1)])
 
 
-def measured(case: Case, kind: str) -> dict:
+def measured(case: Case, kind: str, folder: Path) -> dict:
     alone, _ = trained(case, "alone")
     try:
         model, engine = trained(case, kind)
@@ -123,7 +120,7 @@ def reloaded(case: Case, folder: Path) -> dict:
     }
 
 
-def refusal(case: Case, scope: str) -> str:
+def refusal(case: Case, scope: str, folder: Path) -> str:
     try:
         trained(case, "ddp", scope)
     except ValueError as error:
@@ -131,15 +128,11 @@ def refusal(case: Case, scope: str) -> str:
     return ""
 
 
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    out, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    every = (*CASES, *ONE_PASS_CASES, *MASKS, *SELECTING)
-    found = {f"{kind}/{c.id}": measured(c, kind) for c in every for kind in ("ddp", "views", "fsdp")}
-    found |= {f"tensor/{c.id}": measured(c, "tensor") for c in (CASES[0], *SELECTING)}
-    kept = (Case("friendly_sam"), Case("looksam", {"k": 2}), MASKS[0], Case("ausam"))
-    found |= {f"reload/{c.id}": reloaded(c, folder / str(i)) for i, c in enumerate(kept)}
-    found |= {f"rank/{c.id}": refusal(c, "rank") for c in (Case("friendly_sam"), Case("ausam"), Case("gsam"))}
-    if dist.get_rank() == 0:
-        out.write_text(json.dumps(found))
-    dist.destroy_process_group()
+EVERY = (*CASES, *ONE_PASS_CASES, *MASKS, *SELECTING)
+KEPT = (Case("friendly_sam"), Case("looksam", {"k": 2}), MASKS[0], Case("ausam"))
+SCENARIOS: dict[str, Scenario] = {
+    **{f"{kind}/{c.id}": partial(measured, c, kind) for c in EVERY for kind in ("ddp", "views", "fsdp")},
+    **{f"tensor/{c.id}": partial(measured, c, "tensor") for c in (CASES[0], *SELECTING)},
+    **{f"reload/{c.id}": partial(reloaded, c) for c in KEPT},
+    **{f"rank/{c.id}": partial(refusal, c, "rank") for c in (Case("friendly_sam"), Case("ausam"), Case("gsam"))},
+}

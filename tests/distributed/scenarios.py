@@ -21,7 +21,7 @@ SCOPES = ("global", "rank", "micro_batch")
 
 def works(case: Case, scope: str) -> bool:
     """Whether several ranks can run the case in this scope: a method with a state of its own keeps to `global`."""
-    return scope == "global" or not get_method(case.method, **case.options).rules().stateful
+    return scope == "global" or not get_method(case.method, **case.options).build().stateful
 
 
 def base_optimizers(case: Case) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from tests.distributed.references import trained
 from tests.distributed.scenarios import SCOPES, base_optimizers, ran, rounding, total_skipped, without, works
 from tests.support.cases import CASES, MAIN_CASES, Case, assert_close, assert_identical, bert, gpt2, lm_data, text_data
 from tests.support.reference import REFERENCES, flat
+from tests.support.sample_ids import DATA, LOADERS
 
 pytestmark = pytest.mark.distributed
 
@@ -26,6 +27,7 @@ scopes = pytest.mark.parametrize("scope", SCOPES)
 main_cases = pytest.mark.parametrize("case", MAIN_CASES, ids=lambda c: c.id)
 
 
+@pytest.mark.few_methods
 @pytest.mark.parametrize(("scope", "case"), [p for p in working if p.values[1] in MAIN_CASES])
 def test_ranks_hold_the_same_bits_after_20_steps(ddp: Runs, scope, case):
     """Law 5, with dropout."""
@@ -36,6 +38,7 @@ def test_ranks_hold_the_same_bits_after_20_steps(ddp: Runs, scope, case):
         assert not torch.equal(first["weights"]["classifier.weight"], bert().classifier.weight)
 
 
+@pytest.mark.few_methods
 @main_cases
 def test_global_scope_equals_one_process_with_mean_losses(ddp: Runs, case):
     """Law 4; the loss ignores the count, which both runs are told."""
@@ -46,6 +49,7 @@ def test_global_scope_equals_one_process_with_mean_losses(ddp: Runs, case):
     assert alone["warned"] == []
 
 
+@pytest.mark.few_methods
 @main_cases
 def test_global_scope_equals_one_process_with_counted_losses(ddp: Runs, case):
     """Law 4, with unequal padding and two micro-batches on each rank."""
@@ -83,6 +87,7 @@ def reached(rank: dict) -> Tensor:
     return flat(rank["weights"][n] for n, _ in gpt2().named_parameters())
 
 
+@pytest.mark.few_methods("usam")
 @pytest.mark.parametrize(
     ("scope", "case"),
     [p for p in working if p.values[1].method in REFERENCES and "own" not in base_optimizers(p.values[1])],
@@ -95,6 +100,7 @@ def test_scopes_equal_the_hand_computed_shards(ddp: Runs, scope, case):
     torch.testing.assert_close(reached(ranks[0]), hand_computed(ranks, case, scope), atol=1e-7, rtol=0)
 
 
+@pytest.mark.few_methods("usam")
 @pytest.mark.parametrize(
     ("scope", "case"), [p for p in working if p.values[0] != "global" and p.values[1] in MAIN_CASES]
 )
@@ -205,3 +211,15 @@ def test_resume_is_exact(ddp: Runs, scope):
             assert_identical(halves["optimizer"][index], state)
         assert torch.equal(halves["rng"], straight["rng"])
         assert halves["log"][-2] == straight["log"][-2]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_sample_ids_belong_to_their_rows_on_every_rank(ddp: Runs, loader):
+    """Also where one rank reads the batches and sends the others theirs."""
+    first, second = ddp[f"sample_ids/{loader}"]
+    for rank in (first, second):
+        for ids, rows in zip(rank["ids"], rank["rows"], strict=True):
+            assert torch.equal(rows, torch.stack([DATA[i]["input_ids"] for i in ids.tolist()]))
+    assert all(not set(a.tolist()) & set(b.tolist()) for a, b in zip(first["ids"][:2], second["ids"][:2], strict=True))
+    assert set(torch.cat(first["ids"] + second["ids"]).tolist()) == set(range(len(DATA)))
+    assert_identical(first["weights"], second["weights"])

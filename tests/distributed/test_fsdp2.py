@@ -26,6 +26,7 @@ def assert_same_run(first: dict, second: dict) -> None:
     assert [without(e, "total_flos") for e in first["log"]] == [without(e, "total_flos") for e in second["log"]]
 
 
+@pytest.mark.few_methods
 @main_cases
 def test_equals_one_process_with_mean_losses(fsdp2: Runs, case):
     """Laws 4 and 5."""
@@ -36,6 +37,7 @@ def test_equals_one_process_with_mean_losses(fsdp2: Runs, case):
     assert len(first["warned"]) == len(second["warned"]) == 1
 
 
+@pytest.mark.few_methods
 @main_cases
 def test_equals_one_process_with_counted_losses(fsdp2: Runs, case):
     """Laws 4 and 5, with unequal padding and two micro-batches on each rank."""
@@ -62,6 +64,7 @@ def test_a_radius_of_nothing_is_the_stock_trainer(fsdp2: Runs, model, method):
         assert_same_run(ours, stock)
 
 
+@pytest.mark.few_methods
 @pytest.mark.parametrize("bias", ["none", "lora_only"])
 @pytest.mark.parametrize("case", MAIN_CASES[:4], ids=lambda c: c.id)
 def test_lora_on_a_sharded_base_equals_one_process(fsdp2: Runs, case, bias):

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from hf_ssam import SSAMTrainer, TwoPass
 from hf_ssam.engine.per_sample import per_sample_losses
-from hf_ssam.rules.selection import Draw, Selection, average_rise, by_rise, largest_loss_increase
+from hf_ssam.methods.ausam import average_rise, by_rise
+from hf_ssam.methods.esam import largest_loss_increase
+from hf_ssam.rules.selection import Draw, Selection
 from hf_ssam.rules.state import MethodState
 from hf_ssam.trainer import checks as refusals
 from hf_ssam.trainer.checks import refuse_shared_samples
@@ -137,9 +139,10 @@ def test_losses_are_compared_under_the_same_dropout():
     """With a radius too small to move a weight no loss rises, dropout or not."""
     model = Classifier(dropout=0.5)
     engine, risen = TwoPass(model, "esam", 1e-30, beta=1.0), []
-    engine._samples.selection = Selection(between=lambda a, b: (risen.append(b - a), torch.arange(4))[1])
+    engine._passes._selection._selection = Selection(between=lambda a, b: (risen.append(b - a), torch.arange(4))[1])
     for batch in data():
         engine.step(backward_of(model, batch))
+        model.zero_grad()
     assert all(r.abs().max() == 0 for r in risen)
     with pytest.raises(ValueError, match="replay_rng: method `esam` compares losses of two passes"):
         TwoPass(model, "esam", replay_rng=False)
@@ -152,7 +155,7 @@ def test_a_look_draws_what_the_call_drew_and_leaves_no_trace(noise):
     model[1].net[0] = nn.Linear(16, 16)
     model, (x, y), risen = _Labelled(model.double()), data()[0], []
     engine = TwoPass(model, "esam", 1e-30, beta=1.0)
-    engine._samples.selection = Selection(between=lambda a, b: (risen.append(b - a), torch.arange(4))[1])
+    engine._passes._selection._selection = Selection(between=lambda a, b: (risen.append(b - a), torch.arange(4))[1])
     seen = []
 
     def run(indices=slice(None)):
@@ -214,7 +217,7 @@ def test_scores_are_averages_over_the_visits():
         new = torch.randn(2)
         for i, r in zip(ids.tolist(), new.tolist(), strict=True):
             rises[i].append(r)
-        average_rise(ids, new, lambda t: t, memory, 5)
+        average_rise(ids, new, memory, 5)
         memory.commit(torch.tensor(True))
     for i, values in rises.items():
         assert memory.plain("samples.count")[i] == len(values)
@@ -241,7 +244,7 @@ def test_scores_of_another_data_set_are_refused():
     other = TwoPass(Classifier(), "ausam", 0.1, dataset_size=79)
     with pytest.raises(ValueError, match="dataset_size: the state holds scores of 80 samples and the data set has 79"):
         other.load_state_dict(engine.state_dict())
-    assert other.steps == 0 and other.state_dict()["memory"] == {}
+    assert other.clock.steps == 0 and other.state_dict()["memory"] == {}
 
 
 @pytest.mark.parametrize("ids", [torch.arange(8) + 1, torch.arange(8) - 1])

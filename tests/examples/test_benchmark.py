@@ -1,19 +1,108 @@
-"""The cost of a step: the table has a row for each method, and counts passes as their formulas say."""
+"""The cost of a step: what is compared, what is counted, and what remains of a measurement that is cut off."""
 
 from __future__ import annotations
 
+import csv
+
+import numpy as np
 import pytest
+import torch
 
 import benchmark_step
+from support.step_loops import LIMIT, PLAIN, TRAINER, Loop
+from support.step_meters import copy_bandwidth, traced
+from support.step_report import Measured, least
 from tests.support.cases import bert
 
+PEER = """
+import torch
 
-def test_the_table_counts_passes_and_compares_with_the_plain_step(tmp_path, capsys):
-    bert(labels=6).save_pretrained(tmp_path)
-    flags = ["--rounds", "2", "--batch_size", "8", "--length", "12", "--device", "cpu", "--model", str(tmp_path)]
-    costs = benchmark_step.main([*flags, "--methods", "ssam", "looksam", "momentum_sam", "esam", "ausam"])
-    expected = {"plain": 1.0, "ssam": 2.0, "looksam": 1.2, "momentum_sam": 1.0, "esam": 1.5, "ausam": 1.0}
-    assert {m: sum(c.passes) / len(c.passes) for m, c in costs.items()} == pytest.approx(expected)
-    assert all(len(c.seconds) == 2 and min(c.seconds) > 0 for c in costs.values())
+class SAM(torch.optim.Optimizer):
+    def __init__(self, params, base_optimizer, rho=0.05, **kwargs):
+        super().__init__(params, {"rho": rho, **kwargs})
+        self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
+
+    def first_step(self, zero_grad):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["old_p"] = p.data.clone()
+        self.zero_grad()
+
+    def second_step(self, zero_grad):
+        self.base_optimizer.step()
+        self.zero_grad()
+"""
+
+
+@pytest.fixture
+def flags(tmp_path):
+    bert(labels=6).save_pretrained(tmp_path / "model")
+    (tmp_path / "sam.py").write_text(PEER)
+    shape = ["--rounds", "1", "--shapes", "8x12", "--device", "cpu", "--model", str(tmp_path / "model")]
+    return [*shape, "--output", str(tmp_path / "out"), "--peer_path", str(tmp_path / "sam.py")]
+
+
+def test_benchmark_compares_every_loop_with_a_plain_step_and_with_its_passes(flags, tmp_path, capsys):
+    rows = benchmark_step.main([*flags, "--methods", "ssam", "looksam", "momentum_sam", "esam"])
+    passes = {"ssam": 2, "looksam": 1.2, "momentum_sam": 1, "esam": 1.5, "davda54/sam": 2}
+    passes |= {PLAIN: 1, LIMIT: 2, TRAINER: 2, "SSAMTrainer, ssam": 2}
+    by_name = {r.loop: r for r in rows}
+    assert {name: by_name[name].passes for name in passes} == pytest.approx(passes)
+    for name in (PLAIN, LIMIT, TRAINER):
+        assert by_name[name].limit == 1 or name == TRAINER
+        assert (by_name[name].beyond_ms == 0) == (name != TRAINER)
+    # AdamW remembers two vectors; davda54's SAM one more, LookSAM one, and Momentum-SAM its momentum.
+    kept = {n: r.kept_bytes / (4 * r.trained) for n, r in by_name.items()}
+    assert [kept[n] for n in (PLAIN, "ssam", "SSAMTrainer, ssam")] == pytest.approx([2, 2, 2])
+    assert [kept[n] for n in ("davda54/sam", "looksam", "momentum_sam")] == pytest.approx([3, 3, 3])
+    assert by_name["davda54/sam"].peak_bytes > by_name[LIMIT].peak_bytes > 0
+    assert by_name["davda54/sam"].operations > by_name[LIMIT].operations == by_name[LIMIT].reads == 0
     printed = capsys.readouterr().out
-    assert "| plain | 1.00 | 1.00 (1.00-1.00) | – |" in printed and "| ssam | 2.00 |" in printed
+    assert "| ssam | 2.00 |" in printed and "ms beyond its passes, of which the limit is" in printed
+    written = list(csv.DictReader((tmp_path / "out" / "step_cost.csv").open()))
+    assert [line["loop"] for line in written] == [r.loop for r in rows]
+    assert (tmp_path / "out" / "step_cost.png").stat().st_size > 5000
+
+
+def test_benchmark_that_is_cut_off_keeps_the_rounds_that_are_whole():
+    def loop(name: str, ends_at: int | None = None) -> Loop:
+        calls = []
+
+        def run(steps: int) -> tuple[float, float]:
+            calls.append(steps)
+            if len(calls) == ends_at:
+                raise KeyboardInterrupt
+            return float(steps), float(steps)
+
+        return Loop(name, run, lambda: 0, traceable=False)
+
+    flags = benchmark_step.arguments().parse_args(["--rounds", "9", "--device", "cpu"])
+    found, whole = benchmark_step.measured([loop("a"), loop("b", ends_at=4)], flags)
+    assert not whole
+    assert [len(m.seconds) for m in found.values()] == [2, 2], "a warm-up, two rounds, and a third that was cut off"
+    with pytest.raises(KeyboardInterrupt):
+        benchmark_step.measured([loop("a", ends_at=2)], flags)
+
+
+def test_benchmark_bounds_a_step_by_as_many_bare_passes_as_it_takes():
+    def of(seconds: list[float], passes: float, baseline: str | None = None) -> Measured:
+        return Measured(Loop("", None, None, baseline), np.array(seconds), np.full(2, passes))
+
+    found = {PLAIN: of([1.0, 2.0], 1), LIMIT: of([1.8, 3.8], 2), TRAINER: of([2.0, 4.0], 2)}
+    assert least(found, of([9.0, 9.0], 2)) == pytest.approx([1.8, 3.8])
+    assert least(found, of([9.0, 9.0], 1.5)) == pytest.approx([1.4, 2.9])
+    assert least(found, of([9.0, 9.0], 2, TRAINER)) == pytest.approx([2.0, 4.0])
+
+
+def test_benchmark_counts_memory_operations_and_host_reads():
+    x = torch.ones(1000)
+
+    def work() -> float:
+        a = x + 1
+        b = a * 2
+        del a
+        return (b + x).sum().item() + x[0].item()
+
+    found = traced(work, "cpu")
+    assert found.reads == 2
+    assert 2 * x.nbytes <= found.peak < 2 * x.nbytes + 500
+    assert copy_bandwidth(4000, "cpu") > 1e6

@@ -102,6 +102,7 @@ def test_the_accelerate_loop_in_two_processes(tmp_path):
     assert model.config.num_labels == 6
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_sentence_on_standard_error(tmp_path):
     with pytest.raises(AssertionError, match="error: there is no folder") as failed:
         run_script("run_image_classification.py", "--train_dir", tmp_path / "no", "--output_dir", tmp_path / "out")

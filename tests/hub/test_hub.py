@@ -12,28 +12,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from tests.support.hub_server import TOKEN, HubStandIn, Repository
+from tests.support.hub_client import Client
+from tests.support.hub_server import HubStandIn, Repository
 
-ROOT = Path(__file__).parents[2]
 STATE = {"ssam_state.json"}
 STEPS = ["--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "4"]
 RUN = ["--use_cpu", "--disable_tqdm", "True", "--report_to", "tensorboard", *STEPS]
 PUSH = ["--push_to_hub", "--hub_always_push", *RUN]
-
-
-class Client:
-    """Runs programs whose Hub is `hub`; `home` keeps their caches."""
-
-    def __init__(self, hub: HubStandIn, home: Path, token: str | None = TOKEN):
-        outside = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        self.home, self.env = home, {**outside, "PYTHONPATH": paths, **hub.client_env(str(home / "cache"), token)}
-
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, cwd=self.home, env=self.env, capture_output=True, text=True, timeout=600)
-
-    def script(self, *argv: str) -> subprocess.CompletedProcess[str]:
-        return self.run(sys.executable, str(ROOT / "tests" / "support" / "hub_run.py"), *argv)
 
 
 def said(done: subprocess.CompletedProcess[str], word: str) -> list[str]:
@@ -68,10 +53,10 @@ def test_push_and_load_in_a_fresh_process(tmp_path):
 @pytest.mark.parametrize(
     ("strategy", "folders"),
     [
-        ("end", set()),
-        ("every_save", set()),
+        pytest.param("end", set(), marks=pytest.mark.slow),
+        pytest.param("every_save", set(), marks=pytest.mark.slow),
         ("checkpoint", {"last-checkpoint"}),
-        ("all_checkpoints", {"checkpoint-2", "checkpoint-4"}),
+        pytest.param("all_checkpoints", {"checkpoint-2", "checkpoint-4"}, marks=pytest.mark.slow),
     ],
 )
 def test_what_each_strategy_pushes(tmp_path, strategy, folders):
@@ -94,6 +79,7 @@ def test_what_each_strategy_pushes(tmp_path, strategy, folders):
         assert {p.removeprefix(folder + "/"): d for p, d in repo.files.items() if p.startswith(folder + "/")} == here
 
 
+@pytest.mark.slow
 def test_refusals_are_one_sentence_before_the_first_step(tmp_path):
     with HubStandIn() as hub:
         mine, other = (
@@ -124,6 +110,7 @@ def test_refusals_are_one_sentence_before_the_first_step(tmp_path):
     assert said(stranger, "REFUSED")[0].startswith("hub_token: the Hub does not accept this token for toy; make one")
 
 
+@pytest.mark.slow
 def test_a_push_without_the_argument_saves_the_model_before_it_asks_for_a_token(tmp_path):
     with HubStandIn() as hub:
         done = Client(hub, tmp_path, token=None).script("train", "push", "--output_dir", "toy", *RUN)

@@ -60,7 +60,7 @@ def test_without_a_radius_a_method_is_one_plain_pass_and_keeps_nothing(case: Cas
     reports = sgd_with_engine(model, engine, batches, lr=0.1)
     assert_identical(weights(model), after_ten_steps("sam", 0.0, {}))
     assert {r.passes for r in reports} == {1.0}
-    assert engine.steps == 0 and engine.state_dict()["memory"] == {}
+    assert engine.clock.steps == 0 and engine.state_dict()["memory"] == {}
 
 
 @pytest.mark.parametrize("case", (*CASES, *ONE_PASS_CASES), ids=lambda case: case.id)
@@ -85,11 +85,11 @@ def test_an_overflow_leaves_the_state_as_if_the_step_had_not_been(case: Case, at
         engine = TwoPass(model, case.method, case.rho, **case.options)
         for step, batch in enumerate(batches[:4]):
             if overflow and step == at:
-                steps = engine.steps
+                steps = engine.clock.steps
                 bad = (batch[0] * float("inf"), batch[1])
                 assert engine.step(backward_of(model, bad)).skipped
                 model.zero_grad()
-                engine.steps = steps
+                engine.clock.steps = steps
             engine.step(backward_of(model, batch))
             model.zero_grad()
         return engine.state_dict()["memory"]
@@ -257,7 +257,7 @@ def test_a_config_is_what_the_arguments_take(path, tmp_path):
     text = path.read_text()
     values = yaml.safe_load(text)
     args = SSAMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **values)
-    assert args.is_sharpness_aware and args.method().rules() is not None
+    assert args.is_sharpness_aware and args.method().build() is not None
     assert args.method().paper.arxiv in text or values["optim"] == "sparse_sam"
     for line in text.splitlines():
         if line.startswith(("rho", "learning_rate", "num_micro")):

@@ -8,7 +8,7 @@ import torch
 from hf_ssam import TwoPass
 from hf_ssam.rules.context import StepContext
 from hf_ssam.rules.descent import orthogonal
-from hf_ssam.rules.tensors import ParameterSpace
+from hf_ssam.rules.space import ParameterSpace
 from tests.engine.test_two_pass import backward_of, loss_of, regression
 from tests.support import reference
 

@@ -11,9 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_ssam import TwoPass, get_method
 from hf_ssam.engine.parameters import transposed_names
+from hf_ssam.methods.esam import random_subset
+from hf_ssam.methods.sparse_sam import dynamic
 from hf_ssam.rules.context import StepContext
-from hf_ssam.rules.masks import dynamic, largest, n_of_m, random_subset, uniform
-from hf_ssam.rules.tensors import ParameterSpace
+from hf_ssam.rules.masks import largest, n_of_m, uniform
+from hf_ssam.rules.space import ParameterSpace
 from tests.engine.test_two_pass import loss_of, regression, sgd_with_engine
 from tests.support.cases import assert_identical, weights
 

@@ -49,7 +49,7 @@ class Case:
     @property
     def ascends_alone(self) -> bool:
         """Whether each micro-batch can ascend by itself (mSAM); the engine refuses it where not."""
-        return get_method(self.method, **self.options).rules().period == 1
+        return get_method(self.method, **self.options).build().second_pass.interval == 1
 
     @property
     def optim_args(self) -> str | None:

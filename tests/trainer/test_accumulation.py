@@ -14,8 +14,6 @@ from tests.support.cases import (
     CASES,
     MAIN_CASES,
     Case,
-    MendedTrainer,
-    arguments,
     assert_close,
     bert,
     case_arguments,
@@ -67,10 +65,12 @@ class Recording(SSAMTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 
+@pytest.mark.few_methods
 def test_two_micro_batches_are_one_batch(case: Case):
     assert_close(weights(run(case, "gpt2", **SPLITS["4x2"])), whole(case, "gpt2"))
 
 
+@pytest.mark.few_methods
 @pytest.mark.parametrize("case", MAIN_CASES, ids=lambda c: c.id)
 def test_a_mended_loss_is_one_batch_too(case: Case):
     """BERT's loss ignores the number of items that the Trainer hands it."""
@@ -78,6 +78,7 @@ def test_a_mended_loss_is_one_batch_too(case: Case):
     assert_close(weights(run(case, task, **SPLITS["4x2"])), whole(case, task))
 
 
+@pytest.mark.few_methods
 @pytest.mark.parametrize("case", MAIN_CASES, ids=lambda c: c.id)
 def test_eight_micro_batches_are_one_batch(case: Case):
     assert_close(weights(run(case, "gpt2", **SPLITS["1x8"])), whole(case, "gpt2"))
@@ -110,55 +111,6 @@ def test_label_smoothing_accumulates_too(split: str):
     )
 
 
-@pytest.mark.parametrize("optim", ["ssam", "sgd"])
-def test_a_loss_that_ignores_the_count_is_mended_and_warned_of_once(optim: str):
-    """The stock name is mended as well: the baseline must see the same loss."""
-
-    def logged(split: dict) -> tuple[list[float], dict[str, Tensor]]:
-        args = arguments(optim=optim, base_optim="sgd", max_steps=6, **split)
-        trainer = trained(bert(dropout=0.0), args, text_data())
-        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], weights(trainer.model)
-
-    with pytest.warns(UserWarning, match=MENDED) as caught:
-        split_losses, split_weights = logged(SPLITS["4x2"])
-    assert sum(MENDED in str(w.message) for w in caught) == 1
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=f".*{MENDED}")
-        whole_losses, whole_weights = logged(WHOLE)
-    assert split_losses == pytest.approx(whole_losses, abs=1e-6)
-    assert_close(split_weights, whole_weights)
-
-
-def test_the_mend_is_the_stock_trainer_told_the_truth():
-    """With `optim=sgd` the mended run is the stock Trainer with `model_accepts_loss_kwargs = False`, to the bit."""
-    args = arguments(optim="sgd", max_steps=6, **SPLITS["4x2"])
-    with pytest.warns(UserWarning, match=MENDED):
-        ours = trained(bert(), args, text_data())
-    stock = trained(bert(), args, text_data(), cls=MendedTrainer)
-    assert_close(weights(ours.model), weights(stock.model), atol=0)
-
-
-def test_a_loss_that_heeds_the_count_is_left_alone():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=f".*{MENDED}")
-        trainer = trained(gpt2(), arguments(max_steps=2, **SPLITS["4x2"]), lm_data())
-    assert trainer.model_accepts_loss_kwargs
-
-
-def test_the_probe_of_the_loss_draws_no_random_number():
-    """Two forwards nobody sees: a run whose first batch is probed equals one that was told beforehand."""
-    args = arguments(max_steps=3, base_optim="sgd", **SPLITS["4x2"])
-    with pytest.warns(UserWarning, match=MENDED):
-        probed = trained(bert(), args, text_data())
-
-    class Told(SSAMTrainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.model_accepts_loss_kwargs = False
-
-    assert_close(weights(probed.model), weights(trained(bert(), args, text_data(), cls=Told).model), atol=0)
-
-
 def own_loss(model: nn.Module, batch: dict[str, Tensor], items: Tensor | None) -> Tensor:
     """The loss of a micro-batch alone, as the Trainer defines it: over the items that it counts."""
     return model(**batch).loss if items is None else model(**batch, num_items_in_batch=items).loss
@@ -168,6 +120,7 @@ def own_loss(model: nn.Module, batch: dict[str, Tensor], items: Tensor | None) -
 ON_EACH_CALL = tuple(c for c in CASES if not c.method.startswith("look"))
 
 
+@pytest.mark.few_methods("usam")
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("case", ON_EACH_CALL, ids=lambda c: c.id)
 def test_micro_batch_is_msam(case: Case, task: str):

@@ -67,6 +67,7 @@ def perturbed(model: nn.Module, data: list, case: Case, **more) -> tuple[dict[st
     return {n: found[1][n] - found[0][n] for n, _ in model.named_parameters()}, report
 
 
+@pytest.mark.few_methods
 @each_kind
 def test_only_what_trains_is_perturbed(case: Case, kind: str):
     build, data, trains = KINDS[kind]
@@ -97,6 +98,7 @@ def test_only_what_trains_is_remembered(kind: str, monkeypatch):
     assert sizes[0] < 0.2 * sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.few_methods
 @each_kind
 @pytest.mark.parametrize("case", MAIN_CASES, ids=lambda c: c.id)
 def test_the_trainer_leaves_the_base_alone(case: Case, kind: str):

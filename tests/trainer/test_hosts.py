@@ -87,6 +87,7 @@ def test_sft_counts_its_tokens_once(accumulation: int):
     assert counted == [{k: e.get(k) for k in counted[0]} for e in entries(stock)]
 
 
+@pytest.mark.few_methods
 @pytest.mark.parametrize("case", MAIN_CASES, ids=lambda c: c.id)
 def test_sft_trains_with_every_method(case: Case):
     """A method's own base optimizer aside, the same tokens are counted and the weights go elsewhere."""
@@ -122,6 +123,7 @@ def test_seq2seq_without_a_perturbation_is_the_stock_one():
     assert_identical(weights(ours.model), weights(stock.model))
 
 
+@pytest.mark.few_methods
 @pytest.mark.parametrize("case", MAIN_CASES, ids=lambda c: c.id)
 def test_seq2seq_trains_and_generates_with_every_method(case: Case):
     trainer = seq2seq(SSAMSeq2SeqTrainer, SSAMSeq2SeqTrainingArguments, **given(case))

@@ -50,6 +50,7 @@ def qlora(base: str) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
 
 
+@pytest.mark.few_methods
 @pytest.mark.parametrize("case", MAIN_CASES, ids=lambda c: c.id)
 def test_the_packed_base_stays_as_it_is(base: str, case: Case):
     before = weights(qlora(base))

@@ -97,6 +97,7 @@ def assert_resumes(**given) -> None:
 ACCUMULATED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 
 
+@pytest.mark.few_methods
 def test_every_method_resumes_bit_for_bit(case: Case):
     given = SAVED if case.method != "adasam" else {k: v for k, v in SAVED.items() if k != "base_optim"}
     whole = ended(case_arguments(case, **given, **ACCUMULATED))
@@ -140,7 +141,7 @@ def test_a_method_that_changes_over_the_run_counts_the_steps_of_a_stock_optimize
     begun = ended(arguments(TrainingArguments, optim="adamw_torch", **stock), cls=Trainer)
     case = Case("sparse_sam", {"mask": "dynamic"})
     resumed = ended(case_arguments(case, **SAVED), f"{begun.args.output_dir}/checkpoint-2")
-    assert (resumed.two_pass.steps, resumed.two_pass.elapsed) == (2, 4)
+    assert (resumed.two_pass.clock.steps, resumed.two_pass.clock.elapsed) == (2, 4)
 
 
 def test_an_ssam_run_goes_on_with_a_stock_optimizer():
@@ -218,6 +219,14 @@ def test_vectors_of_other_parameters_are_refused(tmp_path: Path):
         load_state(tmp_path, params)
 
 
+def test_vectors_of_another_shape_are_refused(tmp_path: Path):
+    params = dict(bert(labels=3).named_parameters())
+    save_state(tmp_path, SETTINGS, {"memory": {"m": dict(params)}, "steps": 1, "elapsed": 1}, True, 2.0)
+    said = r"of shape \(3,\) for `classifier.bias`, which this model has with shape \(4,\); resume with the model"
+    with pytest.raises(ValueError, match=said):
+        load_state(tmp_path, {**params, **dict(bert(labels=4).named_parameters())})
+
+
 # --------------------------------------------------------------------------------------------------------- kill -9
 
 
@@ -231,6 +240,7 @@ def killed(output_dir: Path, moment: str) -> None:
     assert process.returncode == -signal.SIGKILL, process.stderr
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_the_second_pass_goes_on(tmp_path: Path, uninterrupted):
     killed(tmp_path, "second_pass")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
@@ -250,14 +260,13 @@ def test_a_process_killed_while_saving_goes_on_from_the_last_whole_checkpoint(tm
     assert is_whole(half), "the run wrote it anew"
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut short", "empty"])
+@pytest.mark.parametrize("damage", ["missing", "cut short", "empty", "nested"])
 def test_half_a_checkpoint_is_told_from_a_whole_one(tmp_path: Path, damage: str):
     whole = Path(ended(case_arguments(Case("ssam"), **SAVED)).args.output_dir)
     state = whole / "checkpoint-4" / "trainer_state.json"
     text = state.read_text()
-    state.unlink() if damage == "missing" else state.write_text(
-        text[: len(text) // 2] if damage == "cut short" else ""
-    )
+    spoiled = {"cut short": text[: len(text) // 2], "empty": "", "nested": "[" * 100_000}
+    state.unlink() if damage == "missing" else state.write_text(spoiled[damage])
     assert last_whole_checkpoint(whole) == (whole / "checkpoint-2", [whole / "checkpoint-4"])
     shutil.rmtree(whole / "checkpoint-2")
     with pytest.raises(ValueError, match="checkpoint-4 is half-written; start a new run"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -66,6 +67,24 @@ def test_rho_follows_the_learning_rate_through_its_warm_up():
     assert found[1:] == pytest.approx([0.2 * share for share in (0.5, 1.0, 0.75, 0.5, 0.25)], rel=1e-5)
 
 
+def groups_of_two_rates(model: nn.Module) -> torch.optim.Optimizer:
+    """Two parameter groups whose rates are neither each other's nor that of the arguments."""
+    first, *rest = model.parameters()
+    return torch.optim.SGD([{"params": [first], "lr": 0.4}, {"params": rest, "lr": 0.003}])
+
+
+def test_rho_follows_the_share_of_the_first_groups_own_rate():
+    """Each group is measured by the rate that it began with; where they decay apart, the first one counts."""
+    shares = [1.0, 0.5, 0.25, 0.125]
+    model = gpt2()
+    optimizer = groups_of_two_rates(model)
+    decays = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda t: 0.5**t, lambda t: 1 / (1 + t)])
+    args = case_arguments(Case("sam", rho=0.2), max_steps=4, rho_scheduler_type="lr", learning_rate=0.05)
+    trainer = trained(model, args, lm_data(), optimizers=(optimizer, decays))
+    found = [e["ssam/perturbation_norm"] for e in trainer.state.log_history if "ssam/loss" in e]
+    assert found == pytest.approx([0.2 * share for share in shares], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "given, perturbed",
     [
@@ -100,6 +119,21 @@ def test_until_the_start_a_run_is_that_of_the_base_optimizer():
 @pytest.mark.parametrize("start, steps, expected", [(0, 10, 0), (0.25, 10, 2), (0.99, 10, 9), (1, 10, 1), (9, 10, 9)])
 def test_the_first_ascent(start: float, steps: int, expected: int):
     assert first_ascent(start, steps) == expected
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 100, 365, 1000, 12_345])
+def test_a_ratio_is_the_nearest_step(steps: int):
+    """Against exact fractions: 0.29 of 100 steps is 29, though the product of the floats is 28.999…; below the end."""
+    for hundredths in range(1000):
+        exact = Fraction(hundredths, 1000) * steps
+        found = first_ascent(hundredths / 1000, steps)
+        assert abs(found - exact) <= Fraction(1, 2) or found == steps - 1 < exact, (hundredths, steps)
+        assert 0 <= found < steps
+
+
+@pytest.mark.parametrize("ratio, steps, expected", [(0.29, 100, 29), (0.57, 100, 57), (0.58, 50, 29), (0.0, 5, 0)])
+def test_a_ratio_that_is_a_whole_step_is_that_step(ratio: float, steps: int, expected: int):
+    assert first_ascent(ratio, steps) == expected
 
 
 def test_ascent_steps_count_from_the_first():
@@ -210,4 +244,4 @@ def test_the_engine_knows_how_far_the_run_is_also_where_steps_are_not_perturbed(
     """A dynamic mask decays over the whole run."""
     args = case_arguments(Case("sparse_sam", {"mask": "dynamic"}), max_steps=4, ascent_start=1, ascent_interval=2)
     trainer = trained(bert(0.0), args, text_data())
-    assert (trainer.two_pass.steps, trainer.two_pass.elapsed) == (2, 4)
+    assert (trainer.two_pass.clock.steps, trainer.two_pass.clock.elapsed) == (2, 4)

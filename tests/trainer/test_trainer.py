@@ -99,6 +99,7 @@ def by_hand(case: Case, model: nn.Module, batches: list[dict], lr: float) -> Non
         optimizer.zero_grad()
 
 
+@pytest.mark.few_methods
 def test_the_trainer_takes_the_trajectory_of_a_hand_written_loop(case: Case):
     batches = []
 
@@ -227,6 +228,7 @@ def test_the_parents_bookkeeping_counts_once():
     assert ours.state.total_flos == 2 * stock.state.total_flos
 
 
+@pytest.mark.few_methods
 def test_the_trainer_goes_on_after_an_exception_in_the_second_pass(case: Case):
     model = bert(0.0)
     trainer = SSAMTrainer(model=model, args=case_arguments(case, max_steps=3), train_dataset=text_data())

@@ -132,7 +132,7 @@ def test_auto_find_batch_size_begins_anew_with_fewer_samples(case: Case):
     trainer.train()
     assert trainer.sizes[:6] == [8] * 6
     assert trainer.state.global_step == 4 and max(trainer.sizes[6:]) < 8
-    assert not trainer.two_pass.is_open and trainer.two_pass.steps <= 4
+    assert not trainer.two_pass.is_open and trainer.two_pass.clock.steps <= 4
     assert all(t.isfinite().all() for t in weights(trainer.model).values())
     assert any(not torch.equal(first[n], t) for n, t in weights(trainer.model).items())
 
@@ -179,6 +179,7 @@ def test_a_stream_that_ends_inside_a_window_carries_it_on():
 # ------------------------------------------------------------------------------------------------------- the step
 
 
+@pytest.mark.few_methods
 @pytest.mark.parametrize("norm", [0.0, 0.05, 1.0])
 @main_case
 def test_only_the_descent_gradient_is_clipped(case: Case, norm: float):
@@ -213,6 +214,7 @@ def test_noise_and_smoothing_are_those_of_the_first_pass(given: dict):
     assert losses(stock) != losses(plain), "the feature must be on"
 
 
+@pytest.mark.few_methods
 @main_case
 def test_total_flos_count_every_pass(case: Case):
     given = {"gradient_accumulation_steps": 2, "max_steps": 4}

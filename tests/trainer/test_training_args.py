@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 
@@ -11,7 +12,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_ssam import METHODS, SSAMArgumentsMixin, SSAMSeq2SeqTrainingArguments, SSAMTrainer, SSAMTrainingArguments
-from hf_ssam.methods.options import parse_optim_args
+from hf_ssam.methods.options import Option, parse_optim_args
+from hf_ssam.trainer.optimizer_names import optim_help, options_help
 from tests.support.cases import arguments, bert, text_data
 
 GIVEN = {"output_dir": "out", "optim": "sam", "rho": 0.1, "optim_args": "renormalize=true", "use_cpu": True}
@@ -71,12 +73,77 @@ def test_stock_names_stay_stock(name):
     assert args.optim == OptimizerNames(name) and args.optim_args == "a=1"
 
 
-def test_a_mistyped_method_lists_the_choices(capsys):
-    with pytest.raises(SystemExit):
-        HfArgumentParser(SSAMTrainingArguments).parse_args_into_dataclasses(["--optim", "ssma"])
-    assert "'ssam'" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="ssma is not a valid .*'ssam'"):
-        SSAMTrainingArguments("out", optim="ssma")
+MISTYPED = (
+    r"optim: there is no `ssma`; did you mean `ssam`.*\? Methods: ssam, sam, .*; "
+    "or a stock optimizer name such as adamw_torch, sgd"
+)
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        lambda: SSAMTrainingArguments("out", optim="ssma"),
+        lambda: HfArgumentParser(SSAMTrainingArguments).parse_args_into_dataclasses(["--optim", "ssma"]),
+        lambda: HfArgumentParser(SSAMTrainingArguments).parse_dict({"optim": "ssma"}),
+        lambda: dataclasses.replace(SSAMTrainingArguments("out", use_cpu=True), optim="ssma"),
+        lambda: SSAMTrainingArguments("out", use_cpu=True).set_optimizer("ssma"),
+    ],
+    ids=["python", "command line", "dictionary", "replace", "set_optimizer"],
+)
+def test_optim_mistyped_names_the_nearest_and_the_methods(route):
+    with pytest.raises(ValueError, match=MISTYPED) as error:
+        route()
+    assert "galore" not in str(error.value), "a sentence, not sixty names"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"optim": "quite_another"}, r"optim: there is no `quite_another`\. Methods: ssam"),
+        ({"optim": "SSAM"}, r"optim: there is no `SSAM`; did you mean `ssam`"),
+        ({"optim": "adamw_toch"}, r"there is no `adamw_toch`; did you mean `adamw_torch`"),
+        ({"base_optim": "sdg"}, r"base_optim: there is no `sdg`; did you mean `sgd`\? Choose a stock optimizer name"),
+        (
+            {"base_optim": "sam"},
+            "base_optim: `sam` is a method; write optim=sam, with a stock optimizer as base_optim",
+        ),
+    ],
+)
+def test_optim_and_base_optim_that_do_not_exist_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        SSAMTrainingArguments("out", use_cpu=True, **given)
+
+
+def test_optim_args_of_the_base_are_shown_their_place():
+    with pytest.raises(
+        ValueError, match="method `sam` has no option `momentum`; .*of the base optimizer go into base_optim_args"
+    ):
+        SSAMTrainingArguments("out", optim="sam", optim_args="momentum=0.9", use_cpu=True)
+
+
+def test_our_fields_beside_a_stock_optimizer_are_said_to_do_nothing():
+    with pytest.warns(UserWarning, match="base_optim=sgd, rho=0.1: no effect") as said:
+        args = SSAMTrainingArguments("out", optim="adamw_torch", rho=0.1, base_optim="sgd", use_cpu=True)
+    assert "no effect with the stock optimizer optim=adamw_torch" in str(said[0].message)
+    assert args.optim == OptimizerNames.ADAMW_TORCH
+
+
+def test_a_stock_optimizer_alone_and_a_method_say_nothing(recwarn):
+    SSAMTrainingArguments("out", optim="adamw_torch", optim_args="a=1", sharpness_steps=5, use_cpu=True)
+    SSAMTrainingArguments("out", optim="ssam", rho=0.1, base_optim="sgd", use_cpu=True)
+    assert not [w for w in recwarn if "no effect" in str(w.message)]
+
+
+def test_help_survives_a_percent_sign(capsys):
+    """argparse formats it, so one `%` in a paper's title would end every `--help` in a traceback."""
+    paper = dataclasses.replace(METHODS["sam"].paper, title="50% sharper %s")
+    table = {"sam": dataclasses.replace(METHODS["sam"], paper=paper, options={"k": Option("5%", "of it")})}
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--optim", help=optim_help(table))
+    parser.add_argument("--optim_args", help=options_help(table))
+    parser.print_help()
+    text = " ".join(capsys.readouterr().out.split())
+    assert "50% sharper %s" in text and "k=5%" in text
 
 
 def test_the_help_shows_every_method_and_option(capsys):
@@ -117,6 +184,7 @@ def test_the_base_optimizer_gets_its_own_arguments():
         ({"rho": -1.0}, "rho: -1.0 is not allowed; choose a finite number from 0"),
         ({"rho": float("nan")}, "rho: nan is not allowed"),
         ({"optim_args": "k=5"}, "method `ssam` has no option `k`; its options are"),
+        ({"optim": "looksam", "optim_args": "k=5, k=3"}, "optim_args: `k` is given twice, as 5 and as 3; keep one"),
         ({"optim_args": "max_scale"}, "`max_scale` is not of the form name=value"),
         ({"optim_args": "max_scale=-1"}, "max_scale=-1 is not allowed for method `ssam`; choose a number above 0"),
         ({"optim_args": "normalize=maybe"}, "normalize=maybe is not allowed for method `ssam`; choose true or false"),

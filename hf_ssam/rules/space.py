@@ -1,9 +1,7 @@
-"""Vectors over named parameters: norms that hold across shards, arithmetic by `torch._foreach_*`, snapshots.
+"""The parameters that vectors run over: their gradients, and norms that hold across shards.
 
-Every rule of this package is written on a `Vector`, a dictionary from parameter name to the *local* tensor of that
-parameter (the parameter itself, or this rank's shard of a `DTensor`). Local tensors share storage with the model, so
-writing to them writes to the model. What a local tensor cannot know is how much of the whole it holds;
-`ParameterSpace` does, and it alone talks to other ranks.
+What a local tensor cannot know is how much of the whole it holds; `ParameterSpace` does, and it alone talks to other
+ranks.
 """
 
 from __future__ import annotations
@@ -15,10 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-Vector = dict[str, Tensor]
-
-EPS = 1e-12
-"""Added to every norm that divides (official SSAM code, `sam.py`); 0 / (0 + EPS) = 0 keeps a zero gradient zero."""
+from . import norms
+from .vectors import Vector, multiply_, parts, times
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -32,66 +28,6 @@ def sharding_groups(tensor: Tensor) -> tuple[dist.ProcessGroup, ...]:
         return ()
     mesh, placements = tensor.device_mesh, tensor.placements
     return tuple(mesh.get_group(i) for i, p in enumerate(placements) if p != Replicate())
-
-
-def accumulation_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """What squares are summed in: float64 on the CPU, elsewhere float32, or float64 where a tensor has it.
-
-    Half precision overflows; and torch sums float32 on the CPU one after the other, which loses 4e-4 of a norm over
-    1e7 numbers, where a GPU's tree of sums does not.
-    """
-    wide = any(t.dtype == torch.float64 or t.device.type == "cpu" for t in tensors)
-    return torch.float64 if wide else torch.float32
-
-
-def scaled(v: Vector, factor: float | Tensor) -> Vector:
-    """`factor · v`; a tensor factor has shape () and may live on another device than some of `v`."""
-    if isinstance(factor, Tensor) and len({t.device for t in v.values()}) > 1:
-        return {name: t * factor.to(t.device) for name, t in v.items()}
-    return dict(zip(v, torch._foreach_mul(list(v.values()), factor), strict=True)) if v else {}
-
-
-def multiplied(u: Vector, v: Vector) -> Vector:
-    """Coordinate-wise `u ⊙ v`; both have the names of `u`."""
-    return dict(zip(u, torch._foreach_mul(list(u.values()), [v[n] for n in u]), strict=True)) if u else {}
-
-
-def added(u: Vector, v: Vector, factor: float | Tensor = 1.0) -> Vector:
-    """`u + factor · v` over the names of either; a missing tensor counts as zero."""
-    w = scaled({n: t for n, t in v.items()}, factor) if isinstance(factor, Tensor) or factor != 1 else v
-    both = [n for n in u if n in w]
-    sums = dict(zip(both, torch._foreach_add([u[n] for n in both], [w[n] for n in both]), strict=True)) if both else {}
-    return {n: sums.get(n, u[n] if n in u else w.get(n)) for n in (*u, *(n for n in w if n not in u))}
-
-
-def move(w: Vector, u: Vector, distance: float) -> None:
-    """`w ← w + distance · u` in place, over the names of `u`."""
-    if u:
-        torch._foreach_add_([w[n] for n in u], list(u.values()), alpha=distance)
-
-
-class Snapshot:
-    """A copy of some tensors, to be put back bit for bit (law 3).
-
-    Args:
-        tensors: the tensors to remember; their storage is what `restore` writes to.
-        offload: keep the copy in host memory; exact as well, since a copy between devices rounds nothing.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor], offload: bool = False):
-        self.tensors = list(tensors)
-        self.copies = [t.detach().to("cpu", copy=True) for t in self.tensors] if offload else _clones(self.tensors)
-
-    def restore(self) -> None:
-        """Write the copies back in place."""
-        if self.tensors:
-            with torch.no_grad():
-                torch._foreach_copy_(self.tensors, self.copies)
-
-
-def _clones(tensors: list[Tensor]) -> list[Tensor]:
-    with torch.no_grad():
-        return list(torch._foreach_clone(tensors)) if tensors else []
 
 
 class ParameterSpace:
@@ -127,23 +63,25 @@ class ParameterSpace:
         return taken
 
     def add_grads_to(self, earlier: dict[str, Tensor]) -> None:
-        """Make `.grad` the sum of what was taken earlier and what is there now, in the order autograd would have."""
+        """Make `.grad` the sum of what was taken earlier and what is there now."""
         present = self.grads()
         both = [n for n in earlier if n in present]
         if both:
-            sums = torch._foreach_add([local(earlier[n]) for n in both], [present[n] for n in both])
-            torch._foreach_copy_([present[n] for n in both], sums)
+            torch._foreach_add_([present[n] for n in both], [local(earlier[n]) for n in both])
         for name in earlier.keys() - present.keys():
             self.params[name].grad = earlier[name]
 
     def write_grads(self, d: Vector) -> None:
         """Make `d` the gradient: in place where one exists (DDP may alias it to a bucket), else as a new tensor."""
+        tensors, factor = parts(d)
         present = self.grads()
-        kept = [n for n in d if n in present and d[n] is not present[n]]
-        if kept:
-            torch._foreach_copy_([present[n] for n in kept], [d[n] for n in kept])
-        for name in (n for n in d if n not in present):
-            self.params[name].grad = self.globalized(name, d[name])
+        moved = [n for n in tensors if n in present and not _same_memory(tensors[n], present[n])]
+        if moved:
+            torch._foreach_copy_([present[n] for n in moved], [tensors[n] for n in moved])
+        for name in (n for n in tensors if n not in present):
+            present[name] = tensors[name].clone()
+            self.params[name].grad = self.globalized(name, present[name])
+        multiply_([present[n] for n in tensors], factor)
 
     def globalized(self, name: str, tensor: Tensor) -> Tensor:
         """`tensor`, laid out like the local part of parameter `name`, as that parameter's kind of tensor."""
@@ -165,10 +103,10 @@ class ParameterSpace:
         """Euclidean norm of each tensor of `v`, whole across shards: shape (len(v),), float32 or wider."""
         if not v:
             return torch.zeros(0)
-        tensors = list(v.values())
-        each = torch._foreach_norm(tensors, 2, dtype=accumulation_dtype(tensors))
-        norms = torch.stack([n.to(each[0].device) for n in each])
-        return norms if not self._sharded(v) else self._summed(v, norms.square()).sqrt()
+        tensors, factor = parts(v)
+        each = norms.norms(list(tensors.values()))
+        each = self._summed(tensors, each.square()).sqrt() if self._sharded(tensors) else each
+        return times(each, factor)
 
     def norm(self, v: Vector) -> Tensor:
         """Global Euclidean norm of `v`: shape (), the same bits on every rank that holds `v` or a shard of it."""
@@ -179,9 +117,9 @@ class ParameterSpace:
         names = [n for n in u if n in v]
         if not names:
             return torch.zeros(0)
-        dtype = accumulation_dtype(u[n] for n in names)
-        each = [torch.sum(u[n].to(dtype) * v[n].to(dtype)) for n in names]
-        return self._summed(names, torch.stack([s.to(each[0].device) for s in each]))
+        (us, fu), (vs, fv) = parts(u), parts(v)
+        each = self._summed(names, norms.dots([us[n] for n in names], [vs[n] for n in names]))
+        return each * fu * fv
 
     def dot(self, u: Vector, v: Vector) -> Tensor:
         """Global inner product `⟨u, v⟩`: shape ()."""
@@ -245,3 +183,7 @@ class ParameterSpace:
             if part is not partial:
                 partial[index] = part
         return partial
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())

@@ -1,0 +1,218 @@
+"""The loops that are compared: plain steps, bare passes, ours, other libraries' optimizers, and whole Trainers.
+
+All train the same model on the same batch at learning rate 0, so that they may take turns.
+"""
+
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from hf_ssam import SSAMTrainer, SSAMTrainingArguments, TwoPass
+from support.step_meters import Clock
+from support.step_models import Setting
+
+PLAIN, LIMIT, TRAINER = "plain step", "two bare passes", "Trainer, two passes"
+RHO = 0.05
+ADAMW = {"lr": 0.0, "weight_decay": 0.0}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A way to train.
+
+    Attributes:
+        name: what the table calls it.
+        run: `(steps) -> (seconds, passes)`, both of all the steps together.
+        kept: bytes that it adds to a checkpoint: what its optimizer and its method remember.
+        baseline: the loop whose cost is the least that this one can cost; None: as many bare passes as it takes.
+        traceable: whether `run` does nothing but steps; a Trainer also sets itself up.
+    """
+
+    name: str
+    run: Callable[[int], tuple[float, float]]
+    kept: Callable[[], int]
+    baseline: str | None = None
+    traceable: bool = True
+
+
+def plain(at: Setting, optimizer: Optimizer) -> Loop:
+    """One pass and the optimizer's step."""
+
+    def step() -> float:
+        at.forward_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return 1.0
+
+    return Loop(PLAIN, timed(step, at), lambda: nbytes(optimizer.state_dict()["state"]))
+
+
+def bare(at: Setting, optimizer: Optimizer) -> Loop:
+    """Two passes and the optimizer's step: what no sharpness-aware step of two passes can go below."""
+
+    def step() -> float:
+        at.forward_backward()
+        optimizer.zero_grad()
+        at.forward_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return 2.0
+
+    return Loop(LIMIT, timed(step, at), lambda: nbytes(optimizer.state_dict()["state"]))
+
+
+def ours(at: Setting, optimizer: Optimizer, method: str, offload_snapshot: bool = False) -> Loop:
+    """`TwoPass` with the method's defaults."""
+    size = len(at.batch["labels"])
+    two_pass = TwoPass(at.model, method, offload_snapshot=offload_snapshot, dataset_size=size)
+    samples = torch.arange(size, device=at.device)
+
+    def step() -> float:
+        report = two_pass.step(at.forward_backward, samples=samples)
+        optimizer.step()
+        optimizer.zero_grad()
+        return report.passes
+
+    def kept() -> int:
+        return nbytes(optimizer.state_dict()["state"]) + nbytes(two_pass.state_dict())
+
+    return Loop(method, timed(step, at), kept)
+
+
+def wrapping(name: str, at: Setting, optimizer: Optimizer) -> Loop:
+    """An optimizer around another one, with `first_step` and `second_step`, as most libraries have it."""
+
+    def step() -> float:
+        at.forward_backward()
+        optimizer.first_step(zero_grad=True)
+        at.forward_backward()
+        optimizer.second_step(zero_grad=True)
+        return 2.0
+
+    def kept() -> int:
+        return nbytes(optimizer.state) + nbytes(optimizer.base_optimizer.state)
+
+    return Loop(name, timed(step, at), kept)
+
+
+def peers(at: Setting, peer_path: Path | None, official_path: Path | None) -> Iterable[Loop]:
+    """What is there of: davda54's SAM, pytorch_optimizer's SAM, the official SSAM code."""
+    if peer_path is not None:
+        yield wrapping("davda54/sam", at, loaded(peer_path).SAM(at.trained, AdamW, rho=RHO, **ADAMW))
+    if importlib.util.find_spec("pytorch_optimizer") is not None:
+        from pytorch_optimizer import SAM
+
+        yield wrapping("pytorch_optimizer SAM", at, SAM(at.trained, AdamW, rho=RHO, **ADAMW))
+    if official_path is not None:
+        optimizer = loaded(official_path).SAM(AdamW(at.trained, **ADAMW), rho=RHO, stable=True)
+        yield wrapping("official SSAM", at, optimizer)
+
+
+def loaded(path: Path) -> Any:
+    """The module in a file."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TwoPassesTrainer(Trainer):
+    """The stock Trainer, made to take two passes: what `SSAMTrainer` would cost if all we add were free."""
+
+    def training_step(self, model: torch.nn.Module, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
+        super().training_step(model, {**inputs}, num_items_in_batch)
+        model.zero_grad()
+        return super().training_step(model, {**inputs}, num_items_in_batch)
+
+
+class Timer(TrainerCallback):
+    """The seconds of all steps but the first, which sets a run up."""
+
+    def __init__(self, device: str):
+        self._clock, self.seconds = Clock(device), 0.0
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self._clock.start()
+        if state.global_step == state.max_steps:
+            self.seconds = self._clock.stop()
+
+
+def stock_trainer(at: Setting) -> Loop:
+    """`TwoPassesTrainer` over AdamW."""
+    trainer = TwoPassesTrainer(args=TrainingArguments(optim="adamw_torch", **trainer_arguments(at)), **data(at))
+
+    def kept() -> int:
+        return nbytes(trainer.optimizer.state_dict()["state"])
+
+    return Loop(TRAINER, training(trainer, at), kept, traceable=False)
+
+
+def our_trainer(at: Setting, method: str) -> Loop:
+    """`SSAMTrainer` over the same."""
+    args = SSAMTrainingArguments(optim=method, base_optim="adamw_torch", **trainer_arguments(at))
+    trainer = SSAMTrainer(args=args, **data(at))
+
+    def kept() -> int:
+        return nbytes(trainer.optimizer.state_dict()["state"]) + nbytes(trainer.two_pass.state_dict())
+
+    return Loop(f"SSAMTrainer, {method}", training(trainer, at), kept, baseline=TRAINER, traceable=False)
+
+
+def trainer_arguments(at: Setting) -> dict[str, Any]:
+    """A quiet run that saves nothing; `output_dir` is never written."""
+    quiet = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    size = len(at.batch["labels"])
+    where = {"use_cpu": at.device == "cpu", "bf16": at.bf16, "per_device_train_batch_size": size}
+    return {"output_dir": tempfile.gettempdir(), "learning_rate": 0.0, "max_steps": 1, **quiet, **where}
+
+
+def data(at: Setting) -> dict[str, Any]:
+    """The batch as rows of a dataset."""
+    rows = {k: v.cpu() for k, v in at.batch.items()}
+    return {
+        "model": at.model,
+        "train_dataset": [{k: v[i] for k, v in rows.items()} for i in range(len(rows["labels"]))],
+    }
+
+
+def training(trainer: Trainer, at: Setting) -> Callable[[int], tuple[float, float]]:
+    """Runs of so many steps after a first one, which is not timed."""
+    timer = Timer(at.device)
+    trainer.add_callback(timer)
+    trainer.remove_callback(PrinterCallback)
+
+    def run(steps: int) -> tuple[float, float]:
+        trainer.args.max_steps = steps + 1
+        trainer.train()
+        passes = trainer.state.log_history[-1].get("ssam/total_passes", 2.0 * (steps + 1))
+        return timer.seconds, passes * steps / (steps + 1)
+
+    return run
+
+
+def timed(step: Callable[[], float], at: Setting) -> Callable[[int], tuple[float, float]]:
+    """`step`, so many times by the clock."""
+    clock = Clock(at.device)
+
+    def run(steps: int) -> tuple[float, float]:
+        clock.start()
+        passes = sum(step() for _ in range(steps))
+        return clock.stop(), float(passes)
+
+    return run
+
+
+def nbytes(state: Any) -> int:
+    """Bytes of all tensors in a nested state, but the step counters of an optimizer."""
+    if isinstance(state, Tensor):
+        return state.nbytes if state.dim() else 0
+    return sum(nbytes(v) for v in state.values()) if isinstance(state, dict) else 0

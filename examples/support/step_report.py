@@ -1,0 +1,162 @@
+"""From seconds to a table, a CSV file and a figure: ratios of one round are ratios of the same moment."""
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_ssam.plots.canvas import COLORS, canvas, dress, save
+from support.step_loops import LIMIT, PLAIN, Loop
+from support.step_meters import Traced
+
+NOT_TRACED = Traced(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All rounds of one loop: seconds and passes of a step, shape (rounds,) each, and one traced period."""
+
+    loop: Loop
+    seconds: np.ndarray
+    passes: np.ndarray
+    traced: Traced = NOT_TRACED
+
+
+@dataclass(frozen=True)
+class Row:
+    """A step's cost on one model and batch.
+
+    `plain` and `limit` are quartiles of the ratios to a plain step and to its passes alone; `beyond_ms`, `operations`
+    and `reads` are what it takes beyond its passes; `kept_bytes` is what it adds to a checkpoint.
+    """
+
+    model: str
+    parameters: int
+    trained: int
+    batch: int
+    length: int
+    device: str
+    threads: int
+    precision: str
+    copy_gb_per_second: float
+    loop: str
+    rounds: int
+    passes: float
+    milliseconds: float
+    plain_low: float
+    plain: float
+    plain_high: float
+    limit_low: float
+    limit: float
+    limit_high: float
+    beyond_ms: float
+    bytes_per_parameter: float
+    peak_bytes: int
+    kept_bytes: int
+    operations: float
+    reads: float
+
+
+def least(
+    found: Mapping[str, Measured], of: Measured, cost: Callable[[Measured], Any] = lambda one: one.seconds
+) -> Any:
+    """The least that a step of `of` can cost, round by round: that of its baseline, or of as many bare passes."""
+    if of.loop.baseline is not None:
+        return cost(found[of.loop.baseline])
+    plain, two = cost(found[PLAIN]), cost(found[LIMIT])
+    return plain + (of.passes - 1) * (two - plain)
+
+
+def operations(one: Measured) -> int:
+    return one.traced.operations
+
+
+def reads(one: Measured) -> int:
+    return one.traced.reads
+
+
+def beyond_its_passes(found: Mapping[str, Measured], own: Measured, count: Callable[[Measured], int]) -> float:
+    """How much more of something countable than in its passes alone."""
+    return float(np.mean(count(own) - least(found, own, count)))
+
+
+def row(found: Mapping[str, Measured], name: str, about: Mapping[str, object], period: int) -> Row:
+    """What the rounds of a loop come to.
+
+    Args:
+        found: all loops by name.
+        name: the loop.
+        about: the fields of `Row` that say what was measured, and where.
+        period: steps in the traced period.
+    """
+    own = found[name]
+    bound = least(found, own)
+    plain = np.percentile(own.seconds / found[PLAIN].seconds, [25, 50, 75])
+    limit = np.percentile(own.seconds / bound, [25, 50, 75])
+    beyond = float(np.median(own.seconds - bound))
+    return Row(
+        **about,
+        loop=name,
+        rounds=len(own.seconds),
+        passes=float(np.mean(own.passes)),
+        milliseconds=1e3 * float(np.median(own.seconds)),
+        **dict(zip(("plain_low", "plain", "plain_high"), map(float, plain), strict=True)),
+        **dict(zip(("limit_low", "limit", "limit_high"), map(float, limit), strict=True)),
+        beyond_ms=1e3 * beyond,
+        bytes_per_parameter=beyond * about["copy_gb_per_second"] * 1e9 / about["trained"],
+        peak_bytes=own.traced.peak,
+        kept_bytes=own.loop.kept(),
+        operations=beyond_its_passes(found, own, operations) / period,
+        reads=beyond_its_passes(found, own, reads) / period,
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown, a line for each loop; peak memory and what a checkpoint holds in units of the weights that train."""
+    lines = [
+        "| loop | passes | of a plain step (quartiles) | of its passes alone (quartiles) | ms beyond its passes "
+        "| bytes a parameter | peak memory | in a checkpoint | operations beyond | host reads beyond |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        weights = 4 * r.trained
+        traced = f"{r.peak_bytes / weights:.1f} | {r.kept_bytes / weights:.1f} | {r.operations:.0f} | {r.reads:.1f}"
+        if not r.peak_bytes:
+            traced = f"– | {r.kept_bytes / weights:.1f} | – | –"
+        lines.append(
+            f"| {r.loop} | {r.passes:.2f} | {r.plain:.2f} ({r.plain_low:.2f}-{r.plain_high:.2f}) "
+            f"| {r.limit:.3f} ({r.limit_low:.3f}-{r.limit_high:.3f}) | {r.beyond_ms:.1f} "
+            f"| {r.bytes_per_parameter:.0f} | {traced} |"
+        )
+    return "\n".join(lines)
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """A line for each row."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(r) for r in rows)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Each loop's median over its passes alone, with quartiles: a panel for each model and batch."""
+    panels: dict[tuple, list[Row]] = {}
+    for r in rows:
+        panels.setdefault((r.model, r.parameters, r.batch, r.length), []).append(r)
+    axes = canvas(len(panels), 1, (7.0, 0.9 + 0.28 * max(map(len, panels.values()))))
+    for ax, ((model, parameters, batch, length), here) in zip(axes, panels.items(), strict=True):
+        middle = np.array([r.limit for r in here])
+        reach = np.abs(np.array([[r.limit_low, r.limit_high] for r in here]).T - middle)
+        ax.errorbar(middle, range(len(here)), xerr=reach, fmt="o", markersize=4, color=COLORS[0], capsize=2)
+        ax.axvline(1.0, color="0.6", linewidth=0.8)
+        ax.set_yticks(range(len(here)), [r.loop for r in here])
+        ax.invert_yaxis()
+        title = f"{model}, {parameters / 1e6:.1f}M parameters, batch {batch} × {length}"
+        dress(
+            ax, f"{title}\nmedian and quartiles over {here[0].rounds} rounds", "time over that of its passes alone", ""
+        )
+    save(axes[0], path)

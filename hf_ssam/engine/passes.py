@@ -1,0 +1,119 @@
+"""Running the micro-batches of a window at `w` and at `w + e`: the same function twice (law 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from ..rules.space import ParameterSpace
+from ..rules.state import MethodState
+from ..rules.vectors import Vector
+from .displacement import Displacement
+from .forward_recorder import ForwardRecorder, RecordedForward
+from .ranks import Ranks
+from .replay import Replay
+from .sample_selection import SampleSelection
+from .squared_gradients import squared_gradients
+from .window import AccumulationWindow, MicroBatchRecord
+
+
+class Passes:
+    """Runs passes, and nothing else: it knows no method and computes no gradient.
+
+    Args:
+        ranks: how gradients are synchronised.
+        replay: what makes the second pass the same function as the first.
+        displacement: what moves the weights.
+        recorder: what sees the model being called, for methods that run on some of the samples; None: nothing does.
+        selection: which samples; None: all.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        replay: Replay,
+        displacement: Displacement,
+        recorder: ForwardRecorder | None,
+        selection: SampleSelection | None,
+    ):
+        self.ranks, self.displacement, self._replay = ranks, displacement, replay
+        self._recorder, self._selection = recorder, selection
+
+    def window(
+        self, rho: float, loss_scale: float | Tensor | None, first_offset: Vector, position: int
+    ) -> AccumulationWindow:
+        """An empty window, with the buffers as they are."""
+        buffers = self._replay.snapshot_buffers()
+        return AccumulationWindow(rho, loss_scale, buffers, self.ranks.buffers_due, first_offset, position)
+
+    def squared_gradients(self, window: AccumulationWindow, space: ParameterSpace) -> Callable[[Vector, int], Vector]:
+        """See `engine.squared_gradients`."""
+        return squared_gradients(window, space, self.ranks, self._replay)
+
+    @property
+    def take_indices(self) -> bool:
+        """Whether passes are run on some of a batch's samples."""
+        return self._recorder is not None
+
+    def check_scores(self, state: MethodState) -> None:
+        """See `SampleSelection.check`."""
+        if self._selection is not None:
+            self._selection.check(state)
+
+    def learn(self, window: AccumulationWindow, state: MethodState) -> None:
+        """See `SampleSelection.learn`."""
+        if self._selection is not None:
+            self._selection.learn(window, state, self.ranks)
+
+    def first(self, window: AccumulationWindow, record: MicroBatchRecord, state: MethodState, step: int) -> Tensor:
+        """Run a micro-batch at `w`, or at the window's first offset, on the samples that the method picks.
+
+        Returns:
+            Its loss.
+        """
+        record.rng = self._replay.snapshot_rng()
+        if self._selection is not None and window.rho > 0:
+            self._selection.pick(record, state, step, self.ranks, window.position + len(window.records))
+        window.records.append(record)
+        window.share = window.share + record.share
+        offset = window.first_offset
+        with self.displacement.by(offset, window.rho) if offset else nullcontext():
+            loss, record.forward = self._run(window, record, record.index)
+        window.loss = window.loss + loss
+        return loss
+
+    def second(self, window: AccumulationWindow) -> Tensor:
+        """Run the window once more, where the weights are now; returns the sum of its losses."""
+        self.ranks.buffers_due = window.buffers_due
+        with self._replay.replaying(window.buffers_seen):
+            return sum(self._again(window, record) for record in window.records)
+
+    def _again(self, window: AccumulationWindow, record: MicroBatchRecord) -> Tensor:
+        index = record.index if self._selection is None else self._selection.narrow(record)
+        record.rewind()
+        loss, forward = self._run(window, record, index)
+        record.second = record.first
+        if self._selection is not None:
+            self._selection.note(record, index, forward)
+        return loss
+
+    def _run(
+        self, window: AccumulationWindow, record: MicroBatchRecord, index: Tensor | None
+    ) -> tuple[Tensor, RecordedForward | None]:
+        looks = self._recorder is not None and window.rho > 0
+        recording = self._recorder.recording(record.labels_of(index)) if looks else nullcontext()
+        with self.ranks.context(), recording as forward:
+            loss = record.run() if index is None else record.run(index)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError(
+                f"run_pass: it returned {_described(loss)}; return the loss, a tensor of one number, after its "
+                "backward."
+            )
+        return loss.detach().reshape(()), forward
+
+
+def _described(loss: Any) -> str:
+    return f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__} {loss!r}"

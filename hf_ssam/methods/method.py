@@ -1,0 +1,210 @@
+"""What a method is: a composition of rules, with its defaults, its cost and its citation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from numbers import Real
+from typing import Any
+
+import torch
+
+from ..rules.context import Rule, chain
+from ..rules.descent import renormalize
+from ..rules.selection import Selection
+from ..rules.space import ParameterSpace
+from .options import Option, Value, read_options
+
+Check = Callable[[ParameterSpace, tuple[str, ...]], None]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A citation.
+
+    Attributes:
+        title: as printed.
+        authors: `Last, First and Last, First`, as BibTeX wants them.
+        venue: where it appeared, in words; BibTeX's `journal` or `booktitle`.
+        year: of that appearance.
+        arxiv: arXiv identifier, empty where there is none.
+        key: BibTeX key.
+    """
+
+    title: str
+    authors: str
+    venue: str
+    year: int
+    arxiv: str
+    key: str
+
+    @property
+    def url(self) -> str:
+        """The paper's arXiv page."""
+        return f"https://arxiv.org/abs/{self.arxiv}"
+
+    @property
+    def bibtex(self) -> str:
+        """The BibTeX entry."""
+        fields = {
+            "title": self.title,
+            "author": self.authors,
+            "journal": self.venue,
+            "year": str(self.year),
+            "eprint": self.arxiv,
+            "archivePrefix": "arXiv",
+        }
+        body = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
+        return f"@article{{{self.key},\n{body}\n}}"
+
+
+@dataclass(frozen=True)
+class SecondPass:
+    """At which of the steps that a method is at work in it takes a second pass.
+
+    Attributes:
+        interval: at every `interval`-th; None: never.
+    """
+
+    interval: int | None
+
+    def taken(self, step: int) -> bool:
+        """Whether step `step` (from 0) takes a second pass."""
+        return self.interval is not None and step % self.interval == 0
+
+    @property
+    def varies(self) -> bool:
+        """Whether steps differ in their passes, so that something is handed on from one to the next."""
+        return self.interval is not None and self.interval > 1
+
+
+ALWAYS = SecondPass(1)
+NEVER = SecondPass(None)
+
+
+def every(k: int) -> SecondPass:
+    """A second pass at every `k`-th step, the first one included."""
+    return SecondPass(k)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the engine runs.
+
+    Attributes:
+        ascent: `g -> u`, so that the second pass is taken at `w + ρ u`.
+        descent: `ĝ -> d`.
+        keeps_gradient: whether `descent` reads `context.g`; otherwise `g` is freed before the second pass.
+        second_pass: at which steps it is taken: `ALWAYS`, `NEVER` or `every(k)`.
+        reuse: `g -> d` at the other steps.
+        first_offset: `{} -> u`, from state alone, so that the first pass is taken at `w + ρ u`; None: at `w`.
+        selection: which samples the passes run on; None: all.
+        per_example: whether a rule asks for the gradient of single samples.
+        checks: `(space, perturbed names)`, raising where the model does not fit the method.
+        stateful: whether a rule keeps something of the gradients, which must then be the same on every rank.
+    """
+
+    ascent: Rule = chain()
+    descent: Rule = chain()
+    keeps_gradient: bool = False
+    second_pass: SecondPass = ALWAYS
+    reuse: Rule = chain()
+    first_offset: Rule | None = None
+    selection: Selection | None = None
+    per_example: bool = False
+    checks: tuple[Check, ...] = ()
+    stateful: bool = False
+
+    @property
+    def takes_indices(self) -> bool:
+        """Whether passes are run on some of a batch's samples."""
+        return self.per_example or self.selection is not None
+
+    @property
+    def needs_ids(self) -> bool:
+        """Whether the method must know which sample of the data set is which."""
+        return self.selection is not None and self.selection.learn is not None
+
+
+RENORMALIZE = {
+    "renormalize": Option(False, "hand on γ·d with γ = ‖g‖/‖d‖, SSAM's descent rule, after the method's own"),
+    "max_scale": Option(
+        math.inf,
+        "largest γ; 1 is the truncated form of the official SSAM code",
+        0.0,
+        above=True,
+        only_if=("renormalize", (True,)),
+    ),
+}
+"""Options that every method has whose `d` can be renormalised."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: what `--optim` takes.
+        summary: one sentence, with the formula.
+        rules: options -> rules, a pure function.
+        rho: default radius ρ, in the units of the method's ascent.
+        paper: where it comes from.
+        options: what `optim_args` takes; `renormalize` and `max_scale` are added to it.
+        passes: cost of one perturbed step, in forward-backward passes over the batch, as text.
+        optimizer: the base optimizer that belongs to the method; None: whichever the user chooses.
+        renormalizes: whether SSAM's descent rule may follow the method's own.
+        experimental: why the method may not be what its paper has; empty where its equations were read there.
+        values: the options' values that were chosen; the defaults where none was.
+    """
+
+    name: str
+    summary: str
+    rules: Callable[..., Rules]
+    rho: float
+    paper: Paper
+    options: Mapping[str, Option] = field(default_factory=dict)
+    passes: str = "2"
+    optimizer: type[torch.optim.Optimizer] | None = None
+    renormalizes: bool = True
+    experimental: str = ""
+    values: Mapping[str, Value] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shared = {n: o for n, o in RENORMALIZE.items() if self.renormalizes and n not in self.options}
+        object.__setattr__(self, "options", {**self.options, **shared})
+
+    def with_options(self, **options: Any) -> Method:
+        """This method with options chosen, as values or as the strings of a command line.
+
+        Raises:
+            ValueError: if an option does not exist, or a value is out of range.
+        """
+        values = read_options(self.name, self.options, options)
+        rho = next((o.rho for n, o in self.options.items() if o.rho is not None and values[n]), self.rho)
+        chosen = replace(self, values=values, rho=rho)
+        chosen.build()
+        return chosen
+
+    def build(self) -> Rules:
+        """The composition, with SSAM's descent rule after the method's own where `renormalize` is set."""
+        values = {n: o.default for n, o in self.options.items()} | dict(self.values)
+        shared = {n: values.pop(n) for n in RENORMALIZE if n in values}
+        rules = self.rules(**values)
+        if not shared.get("renormalize"):
+            return rules
+        last = renormalize(shared["max_scale"])
+        return replace(rules, descent=chain(rules.descent, last), reuse=chain(rules.reuse, last))
+
+
+def checked_rho(rho: float | None, method: Method) -> float:
+    """`rho`, or the method's default where it is None.
+
+    Raises:
+        ValueError: if it is negative, or more than float32 holds.
+    """
+    if rho is None:
+        return method.rho
+    if isinstance(rho, bool) or not isinstance(rho, Real) or not 0 <= rho <= torch.finfo(torch.float32).max:
+        raise ValueError(f"rho: {rho} is not allowed; choose a finite number from 0, such as {method.rho:g}.")
+    return float(rho)

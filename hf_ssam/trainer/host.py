@@ -1,0 +1,238 @@
+"""What we lean on in the Trainer, in Accelerate and in torch, beyond what they promise to keep.
+
+A private name may move with any release, and a public method that we override may grow a parameter. Each is named here
+with the reason, and `tests/trainer/test_host_contract.py` fails in a second where one is gone, has other parameters,
+or is used and not named. What the mixins ask of the Trainer that they are mixed into is the protocol `Host`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor, nn
+    from torch.utils.data import DataLoader
+    from transformers import TrainerState
+
+    from .training_args import SSAMArgumentsMixin
+
+READ_IN = {"transformers": "5.23.0", "accelerate": "1.15.0", "torch": "2.13.0"}
+"""The versions in which the hooks below were read."""
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A name that we lean on.
+
+    Attributes:
+        owner: the class or module that has it, by its import path.
+        name: the name.
+        use: `overrides`, `calls` or `reads` (an attribute, perhaps one that only instances have).
+        parameters: an overridden method's, all of them; a called one's, as many as we give. Empty where a signature
+            cannot be read or is not ours to know.
+        why: what depends on it.
+    """
+
+    owner: str
+    name: str
+    use: Literal["overrides", "calls", "reads"]
+    parameters: tuple[str, ...]
+    why: str
+
+
+TRAINER = "transformers.Trainer"
+ACCELERATOR = "accelerate.Accelerator"
+GRADIENT_STATE = "accelerate.state.GradientState"
+DDP = "torch.nn.parallel.DistributedDataParallel"
+FSDP = "torch.distributed.fsdp.FSDPModule"
+_MANY = "one call for many tensors (law 7)"
+_FOREACH = ("add", "add_", "addcmul_", "clone", "copy_", "div", "maximum_", "mul", "mul_", "norm", "sqrt")
+
+HOOKS = (
+    # The run: the engine is built, steps, and is saved here.
+    Hook(
+        TRAINER,
+        "_prepare_for_training",
+        "overrides",
+        ("max_steps", "train_dataloader", "resume_from_checkpoint"),
+        "the engine is built on the prepared model, and the checkpoint's state is loaded",
+    ),
+    Hook(
+        TRAINER,
+        "training_step",
+        "overrides",
+        ("model", "inputs", "num_items_in_batch"),
+        "one micro-batch; the parent's runs once a pass",
+    ),
+    Hook(
+        TRAINER,
+        "_save_optimizer_and_scheduler",
+        "overrides",
+        ("output_dir",),
+        "our part of a checkpoint, before the Trainer's last file",
+    ),
+    Hook(
+        TRAINER,
+        "train",
+        "overrides",
+        ("resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
+        "half-written checkpoints are passed over, and the hooks are watched",
+    ),
+    Hook(TRAINER, "log", "overrides", ("logs", "start_time"), "the step report joins the entry with the loss"),
+    # The optimizer.
+    Hook(TRAINER, "create_optimizer", "overrides", ("model",), "the base optimizer's name is given inside"),
+    Hook(TRAINER, "create_optimizer_and_scheduler", "overrides", ("num_training_steps",), "the same"),
+    Hook(TRAINER, "get_optimizer_cls_and_kwargs", "overrides", ("args", "model"), "the base optimizer's class"),
+    Hook(
+        "accelerate.optimizer.AcceleratedOptimizer",
+        "_is_overflow",
+        "reads",
+        (),
+        "set where a step that is not finite is skipped, so that the Trainer holds the scheduler back",
+    ),
+    # Batches.
+    Hook(
+        TRAINER, "get_train_dataloader", "overrides", (), "dataset indices ride along for methods that score samples"
+    ),
+    Hook(
+        TRAINER,
+        "_get_collator_with_removed_columns",
+        "overrides",
+        ("data_collator", "description"),
+        "the column of indices survives the collator that drops unused ones",
+    ),
+    Hook(
+        TRAINER,
+        "get_batch_samples",
+        "overrides",
+        ("epoch_iterator", "num_batches", "device"),
+        "the first batch tells whether the loss heeds num_items_in_batch",
+    ),
+    Hook(TRAINER, "_get_num_items_in_batch", "calls", ("batch_samples", "device"), "the count, once that is mended"),
+    Hook(TRAINER, "_prepare_inputs", "calls", ("inputs",), "a forward that nobody sees, on the Trainer's device"),
+    Hook(TRAINER, "_loss_shifts_labels", "reads", (), "how many labels of a micro-batch the loss counts"),
+    # A pass that is run again.
+    Hook(TRAINER, "_defer_fsdp_gradient_reduction", "calls", (), "micro-batches before the last, loaded sharded"),
+    Hook(TRAINER, "current_gradient_accumulation_steps", "reads", (), "a micro-batch's share of the step"),
+    Hook(TRAINER, "current_flos", "reads", (), "second passes are counted as computation"),
+    Hook(TRAINER, "is_distributed_loading_by_transformers", "reads", (), "whether FSDP2 sharded it at load time"),
+    Hook(
+        GRADIENT_STATE,
+        "_set_sync_gradients",
+        "calls",
+        ("sync_gradients",),
+        "a replayed micro-batch runs in the state of its first pass; hooks on sharded LoRA read it",
+    ),
+    Hook(GRADIENT_STATE, "plugin_kwargs", "reads", (), "sync_each_batch"),
+    Hook(ACCELERATOR, "no_sync", "calls", ("model",), "micro-batches before the last"),
+    Hook(ACCELERATOR, "scaler", "reads", (), "the loss scale, as a tensor on the device"),
+    # Ranks.
+    Hook(DDP, "require_forward_param_sync", "reads", (), "a second pass must not take rank 0's buffers anew"),
+    Hook(DDP, "gradient_as_bucket_view", "reads", (), "whether a second pass overwrites the first one's gradients"),
+    Hook(DDP, "find_unused_parameters", "reads", (), "which gradients may be missing"),
+    Hook(DDP, "static_graph", "reads", (), "refused where steps differ in their passes"),
+    Hook(DDP, "process_group", "reads", (), "the ranks that hold a replica"),
+    Hook(FSDP, "set_requires_gradient_sync", "calls", ("requires_gradient_sync",), "what no_sync is to DDP"),
+    Hook(FSDP, "unshard", "calls", (), "gradients that a dead pass left on gathered weights are dropped"),
+    Hook(FSDP, "reshard", "calls", (), "the same"),
+    Hook("torch._utils", "_flatten_dense_tensors", "calls", ("tensors",), "one collective a bucket"),
+    Hook("torch._utils", "_unflatten_dense_tensors", "calls", ("flat", "tensors"), "one collective a bucket"),
+    # Tensors and modules.
+    *(Hook("torch", f"_foreach_{operation}", "calls", (), _MANY) for operation in _FOREACH),
+    Hook("torch.nn.Module", "_buffers", "reads", (), "buffers are put back, by slot"),
+    Hook("torch.nn.modules.batchnorm", "_BatchNorm", "reads", (), "layers that normalise by running statistics"),
+    Hook("torch.autograd.function.FunctionMeta", "_forward_cls", "reads", (), "which custom backward has no second"),
+    # The Hub.
+    Hook(
+        TRAINER,
+        "create_model_card",
+        "overrides",
+        (
+            "language",
+            "license",
+            "tags",
+            "model_name",
+            "finetuned_from",
+            "tasks",
+            "dataset_tags",
+            "dataset",
+            "dataset_args",
+        ),
+        "the card of a sharpness-aware run",
+    ),
+    Hook(
+        TRAINER, "evaluate", "overrides", ("eval_dataset", "ignore_keys", "metric_key_prefix"), "metrics for the card"
+    ),
+    Hook(TRAINER, "init_hf_repo", "overrides", ("token", "private"), "the repository is checked before the run"),
+    Hook(
+        TRAINER,
+        "push_to_hub",
+        "overrides",
+        ("commit_message", "blocking", "token", "revision", "private", "kwargs"),
+        "the card is pushed with the weights",
+    ),
+    Hook(TRAINER, "_push_from_checkpoint", "overrides", ("checkpoint_folder",), "the same, from a checkpoint"),
+)
+"""Every such name. A method that was renamed is not called any more: `HookGuardMixin` notices that in a run."""
+
+
+class Host(Protocol):
+    """What the mixins ask of the Trainer that they are mixed into."""
+
+    args: SSAMArgumentsMixin
+    accelerator: Accelerator
+    state: TrainerState
+    model: nn.Module
+    model_wrapped: nn.Module
+    optimizer: Any
+    lr_scheduler: Any
+    processing_class: Any
+    train_dataset: Any
+    compute_loss_func: Any
+    model_accepts_loss_kwargs: bool
+    current_flos: float
+    current_gradient_accumulation_steps: float
+    hub_model_id: str | None
+    push_in_progress: Any
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
+    is_model_parallel: bool
+    is_distributed_loading_by_transformers: bool
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train."""
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch; returns its loss."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss of one micro-batch."""
+
+    def compute_loss_context_manager(self) -> Any:
+        """What a forward runs in."""
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """What one pass over `inputs` costs."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The training batches."""
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
+        """The micro-batches of one step, and how many items they count."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Write a log entry."""
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback."""
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove a callback, if it is there."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the weights."""
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this process writes."""
