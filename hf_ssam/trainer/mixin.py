@@ -85,6 +85,7 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
         self._window_flos += float(self.floating_point_ops(inputs))
         whole = MicroBatch(self, super().training_step, model, inputs, num_items_in_batch, last)
         if not self.two_pass.is_open:
+            self.optimizer.train()  # here, since the parent's call in the first pass may swap weights (schedule-free)
             self.two_pass.rho, self.two_pass.elapsed = self._rho_now(), self.state.global_step
             self.two_pass.begin(self._loss_scale())
         loss = 0.0
@@ -162,6 +163,7 @@ class SSAMTrainerMixin(HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, Mo
     def _refuse_what_cannot_work(self) -> None:
         refusals.refuse_launch(self)
         refusals.refuse_optimizer(self.optimizer)
+        refusals.refuse_steps_in_backward(self.model)
         refusals.refuse_empty(self.train_dataset)
         trainable(self.model)
         if self.args.num_micro_batches > 1 and self.compute_loss_func is not None:
