@@ -23,9 +23,9 @@ from typing import Any
 import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
-from cli import UsageError, run
-from comparison import Outcome, Run, outcome, write_tables
-from comparison_plots import write_figures
+from support.cli import UsageError, run
+from support.comparison import Outcome, Run, outcome, write_tables
+from support.comparison_plots import write_figures
 
 PLAN = "plan.yaml"
 

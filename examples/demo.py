@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import offline
 import run_text_classification
-from cli import run
 from hf_ssam import TwoPass
+from support import offline
+from support.cli import run
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "tasks" / "trec.yaml"

@@ -29,11 +29,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-import cli
 from hf_ssam import TwoPass
 from hf_ssam.plots.canvas import COLORS, canvas, dress, save
 from hf_ssam.sharpness import edge_of_stability, top_eigenvalues
-from offline import mnist_5k
+from support import cli
+from support.offline import mnist_5k
 
 TITLES = {
     "gd": "Gradient descent",

@@ -1,15 +1,18 @@
-"""How sharp are these models? Measures saved models side by side, on the same rows.
+"""How sharp are these models? Measures saved models side by side, on rows of the data that they were trained on.
 
-    python examples/measure_sharpness.py runs/ssam runs/adamw                      # folders or names on the Hub
-    python examples/measure_sharpness.py runs/ssam --parameters "layer\\.0\\." classifier
+    python examples/measure_sharpness.py runs/ssam runs/adamw                      # folders that the examples left
+    python examples/measure_sharpness.py runs/ssam --data test.csv                 # or .json, a folder of images …
     python examples/measure_sharpness.py gpt2 --dataset_name my/texts --text_column text
+    python examples/measure_sharpness.py runs/ssam --parameters "layer\\.0\\." classifier
     python examples/measure_sharpness.py runs/ssam --measures eigenvalues --no_figures     # λ₁ alone: the cheapest
 
 Prints a table (top eigenvalues, trace with its standard error, rise of the loss at rho) and what each measure cost,
-and writes them with the figures to `--output_dir`. A model without a head gets a fresh one, which is said. With no
-data set it takes the offline TREC questions, or the offline digits for images.
+and writes them with the figures to `--output_dir`; each names the data. What a run was trained on is in its folder
+(`_data.json`); where neither it nor a flag names data, nothing is measured. Labels are matched by name to the model's.
+Adapters are opened on their base model, and the curvature is taken in the adapter. A model without a head gets a fresh
+one, which is said.
 
-MethodState is the highest resident size of the process during a measure, less its size when all models are loaded and
+Memory is the highest resident size of the process during a measure, less its size when all models are loaded and
 each has evaluated its loss once: weights, libraries and their first use are not counted, vectors, activations and
 what the allocator keeps after they are freed are.
 """
@@ -24,9 +27,8 @@ from typing import Any
 
 import torch
 
-import resident
-from cli import run
 from hf_ssam.plots import plot_loss_line, plot_loss_plane, plot_spectrum
+from hf_ssam.plots.canvas import save
 from hf_ssam.sharpness import (
     Line,
     Objective,
@@ -39,7 +41,9 @@ from hf_ssam.sharpness import (
     top_eigenvalues,
     trace,
 )
-from probes import Subject, load_all
+from support import resident
+from support.cli import run
+from support.probes import Subject, load_all
 
 Row = dict[str, Any]
 
@@ -76,7 +80,7 @@ MEASURES: dict[str, Callable[[Subject, argparse.Namespace, Row], Row]] = {
 def measure(subject: Subject, pattern: str | None, args: argparse.Namespace, base: float | None) -> Row:
     """One row of the table; memory is counted from `base`."""
     objective = Objective(subject.model, subject.batches, parameters=pattern)
-    row = {"model": subject.name, "weights": pattern or "all trainable", "n": objective.size}
+    row = {"model": subject.name, "data": subject.data, "weights": pattern or "all trainable", "n": objective.size}
     row |= {"loss": objective.value(), "precision": objective.precision, "cost": {}}
     how = {"parameters": pattern, "progress": args.progress}
     for name in args.measures:
@@ -90,7 +94,8 @@ def measure(subject: Subject, pattern: str | None, args: argparse.Namespace, bas
 
 def shown(row: Row, args: argparse.Namespace) -> dict[str, str]:
     """A row as a reader sees it, by heading."""
-    cells = {"model": row["model"], "weights": row["weights"], "n": f"{row['n']:,}", "loss": f"{row['loss']:.4f}"}
+    cells = {name: row[name] for name in ("model", "data", "weights")}
+    cells |= {"n": f"{row['n']:,}", "loss": f"{row['loss']:.4f}"}
     if "eigenvalues" in row:
         first, *others = (f"{v:.4g}" for v in row["eigenvalues"])
         cells |= {"λ₁": first if row["converged"] else f"≥ {first}", "λ₂ …": " ".join(others) or "–"}
@@ -129,13 +134,21 @@ def draw(subjects: list[Subject], args: argparse.Namespace) -> None:
     """Spectra over each other, the loss along the top eigenvector and a random direction, and planes side by side."""
     how = {"progress": args.progress}
     spectra = {s.name: spectrum(s.model, s.batches, args.spectrum_steps, 1, **how) for s in subjects}
-    plot_spectrum(spectra, args.output_dir / "spectrum.png")
-    plot_loss_line(
-        {name: line for s in subjects for name, line in slices(s, args, how)}, args.output_dir / "loss_line.png"
-    )
+    figures = {"spectrum": plot_spectrum(spectra)}
+    figures["loss_line"] = plot_loss_line({name: line for s in subjects for name, line in slices(s, args, how)})
     if args.plane:
         names = ("random direction, filter-normalised", "another one")
-        plot_loss_plane({s.name: plane(s, how) for s in subjects}, args.output_dir / "plane.png", names=names)
+        figures["plane"] = plot_loss_plane({s.name: plane(s, how) for s in subjects}, names=names)
+    for name, ax in figures.items():
+        ax.figure.supxlabel(said(subjects, args), fontsize="small")
+        save(ax, args.output_dir / f"{name}.png")
+
+
+def said(subjects: list[Subject], args: argparse.Namespace) -> str:
+    """What was measured on, in a sentence."""
+    by_data = {data: [s.name for s in subjects if s.data == data] for data in dict.fromkeys(s.data for s in subjects)}
+    parts = by_data if len(by_data) == 1 else [f"{data} ({', '.join(names)})" for data, names in by_data.items()]
+    return f"measured on up to {args.rows} rows of {'; '.join(parts)}"
 
 
 def slices(subject: Subject, args: argparse.Namespace, how: Row) -> Iterator[tuple[str, Line]]:
@@ -166,11 +179,13 @@ def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a folder or a name on the Hub")
     parser.add_argument("--measures", nargs="+", choices=list(MEASURES), default=list(MEASURES))
-    parser.add_argument("--dataset_name", help="on the Hub, or a folder of `save_to_disk`")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--text_column", default="text")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--label_column", default="label")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--data", help="a file (.csv, .json …), or a folder of images by class, to measure on instead")
+    other.add_argument("--dataset_name", help="the same, on the Hub, or a folder of `save_to_disk`")
+    parser.add_argument("--split", help="of a data set that has several; train if not given")
+    parser.add_argument("--text_column", nargs="+", help="the run's, or text; two for pairs")
+    parser.add_argument("--image_column", help="the run's, or image")
+    parser.add_argument("--label_column", help="the run's, or label")
     parser.add_argument("--rows", type=int, default=32, help="rows of the probe")
     parser.add_argument("--batch_size", type=int, default=4, help="smaller ones need less memory, same numbers")
     parser.add_argument("--max_length", type=int, default=128)
@@ -198,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     for subject in subjects:
         Objective(subject.model, subject.batches).value()
     base = resident.now()
+    print(f"{said(subjects, args)}\n")
     measured = [measure(s, pattern, args, base) for s in subjects for pattern in args.parameters]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "sharpness.json").write_text(json.dumps(measured, indent=1))

@@ -19,14 +19,15 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, default_data_collator, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-import offline_models
-import offline_tasks
-from base_models import ModelArguments, check_length, pretrained, tokenizer_for
-from cli import ExampleParser, UsageError, run
 from hf_ssam import SSAMTrainer, SSAMTrainingArguments
-from lora import LoraArguments, adapter
-from runs import prepare, train_and_report
-from sources import FileArguments, load_files, require_columns, uses
+from support import offline_models, offline_tasks
+from support.base_models import ModelArguments, check_length, pretrained, tokenizer_for
+from support.cli import ExampleParser, UsageError, run
+from support.lora import LoraArguments, adapter
+from support.plan import prepare
+from support.run_data import run_data
+from support.runs import train_and_report
+from support.sources import FileArguments, load_files, require_columns, uses
 
 
 @dataclass
@@ -85,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         data_collator=default_data_collator,
     )
     facts = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-generation", **data_args.card}
-    return train_and_report(trainer, plan.checkpoint, **facts)
+    data = run_data(data_args, "questions", columns=[data_args.text_column_name], seed=args.seed)
+    return train_and_report(trainer, plan.checkpoint, data, **facts)
 
 
 def blocks(

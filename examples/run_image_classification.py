@@ -8,33 +8,40 @@ An image folder holds one folder of images for each class. Without a model it ta
 ImageNet weights, and without data 5,000 handwritten digits; neither needs a model hub. `--optim` takes a method
 (`ssam`, `sam` ...) or a stock optimizer, which is the baseline. Every field of `TrainingArguments` is a flag.
 
+Without `--do_train` the labels are those of the model, matched by name:
+
+    python examples/run_image_classification.py --model_name_or_path out/mnist --validation_dir pets/new --do_eval
+
 Batch normalisation is safe: the second pass of a method leaves the running statistics as the first one did.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import evaluate
+from datasets import DatasetDict
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
-    BaseImageProcessor,
     EvalPrediction,
-    PreTrainedModel,
+    PreTrainedConfig,
     default_data_collator,
     set_seed,
 )
 
-import offline_models
-from base_models import ModelArguments, labelled, pretrained, with_new_head
-from cli import ExampleParser, run
 from hf_ssam import SSAMTrainer, SSAMTrainingArguments
-from image_data import ImageArguments, load, number_labels, pixels, undecoded
-from runs import prepare, train_and_report
-from sources import uses
+from support import offline_models
+from support.base_models import ModelArguments, classifier, path_of, pretrained
+from support.cli import ExampleParser, run
+from support.image_data import ImageArguments, load, number_labels, pixels, trained_names, undecoded
+from support.labels import finished_names, not_known, ordered_as
+from support.metrics import METRICS
+from support.plan import Plan, prepare
+from support.run_data import run_data
+from support.runs import train_and_report
+from support.sources import uses
 
-METRIC = Path(__file__).parent / "metrics" / "classification.py"
+METRIC = METRICS / "classification.py"
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
@@ -45,16 +52,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
     set_seed(args.seed)
     args.remove_unused_columns = False  # images are read on the fly, from columns that no model knows
 
+    path = path_of(model_args, plan, offline_models.lite0)
+    config = pretrained(AutoConfig, path, **model_args.hub)
     with args.main_process_first(desc="reading the data"):
-        rows = uses(load(data_args), data_args, plan)
+        raw = load(data_args)
+        rows = uses(raw, data_args, plan)
     rows = undecoded(rows, data_args.image_column_name)
-    rows, names = number_labels(rows, data_args.label_column_name)
-    model, processor = load_model(model_args, names, data_args.image_size)
+    names, unknown = settled_names(raw, data_args, config, path, plan)
+    rows = number_labels(rows, data_args.label_column_name, names, unknown)
+    model = classifier(AutoModelForImageClassification, path, model_args, names, plan)
+    processor = pretrained(AutoImageProcessor, path, **model_args.hub)
+    if data_args.image_size is not None:
+        processor.size = {"height": data_args.image_size, "width": data_args.image_size}
     transform = pixels(processor, data_args.image_column_name)
     metric = evaluate.load(str(METRIC), keep_in_memory=True)
 
     def score(pair: EvalPrediction) -> dict[str, float]:
-        return metric.compute(predictions=pair.predictions.argmax(-1), references=pair.label_ids)
+        said = pair.predictions.argmax(-1)
+        return metric.compute(predictions=said, references=pair.label_ids, num_classes=len(names))
 
     trainer = SSAMTrainer(
         model=model,
@@ -66,19 +81,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         compute_metrics=score,
     )
     facts = {"finetuned_from": model_args.model_name_or_path, "tasks": "image-classification", **data_args.card}
-    return train_and_report(trainer, plan.checkpoint, **facts)
+    columns = {"columns": [data_args.image_column_name], "label_column": data_args.label_column_name}
+    data = run_data(data_args, data_args.offline_dataset, **columns, labels=names, seed=args.seed)
+    return train_and_report(trainer, plan.checkpoint, data, **facts)
 
 
-def load_model(
-    source: ModelArguments, names: list[str], size: int | None
-) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """The model with a fresh head for these classes, and its image processor."""
-    path = source.model_name_or_path or str(offline_models.lite0())
-    processor = pretrained(AutoImageProcessor, path, **source.hub)
-    if size is not None:
-        processor.size = {"height": size, "width": size}
-    config = pretrained(AutoConfig, path, **labelled(names), **source.hub)
-    return with_new_head(AutoModelForImageClassification, path, config, source), processor
+def settled_names(
+    raw: DatasetDict, data: ImageArguments, config: PreTrainedConfig, path: str, plan: Plan
+) -> tuple[list[str], str]:
+    """The classes by number, and the end of a sentence about a label that is none of them."""
+    if plan.trains:
+        names, unknown = trained_names(raw, data.label_column_name)
+        return ordered_as(config, names), unknown
+    names = finished_names(config, "ForImageClassification", path)
+    return names, not_known(path, names)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
-import offline_models
-import offline_tasks
-from base_models import PlainModelArguments, check_length, pretrained, tokenizer_for
-from cli import ExampleParser, UsageError, run
 from hf_ssam import SSAMArgumentsMixin, SSAMTrainerMixin
-from lora import LoraArguments, adapter
-from runs import prepare, train_and_report
-from sources import FileArguments, load_files, uses
+from support import offline_models, offline_tasks
+from support.base_models import PlainModelArguments, check_length, pretrained, tokenizer_for
+from support.cli import ExampleParser, UsageError, run
+from support.lora import LoraArguments, adapter
+from support.plan import prepare
+from support.run_data import run_data
+from support.runs import train_and_report
+from support.sources import FileArguments, load_files, uses
 
-FORMS = ({"messages"}, {"prompt", "completion"}, {"text"})
+FORMS = (["messages"], ["prompt", "completion"], ["text"])
 
 
 @dataclass
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
 
     with args.main_process_first(desc="reading the data"):
         raw = load_files(data_args, offline_tasks.classified_questions)
-        check_form(raw)
+        forms = {split: form_of(rows, split) for split, rows in raw.items()}
         rows = uses(raw, data_args, plan)
     hub = {**model_args.hub, "trust_remote_code": args.trust_remote_code}
     path = model_args.model_name_or_path or str(offline_models.smollm2())
@@ -68,19 +69,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         peft_config=adapter(lora_args),
     )
     name = Path(args.hub_model_id or args.output_dir).name
-    return train_and_report(trainer, plan.checkpoint, model_name=name, dataset_name=data_args.card.get("dataset"))
+    data = run_data(data_args, "classified_questions", columns=forms.get("train", []), seed=args.seed)
+    card = {"model_name": name, "dataset_name": data_args.card.get("dataset")}
+    return train_and_report(trainer, plan.checkpoint, data, **card)
 
 
-def check_form(raw: DatasetDict) -> None:
-    """Refuse data in a form that `SFTTrainer` does not know.
+def form_of(rows: Dataset, split: str) -> list[str]:
+    """The columns of `FORMS` that `rows` have.
 
     Raises:
-        UsageError: a split has none of the columns in `FORMS`.
+        UsageError: they have none, and `SFTTrainer` knows no other form.
     """
-    for split, rows in raw.items():
-        if not any(form <= set(rows.column_names) for form in FORMS):
-            found = ", ".join(rows.column_names)
-            raise UsageError(f"the {split} data has {found}: it needs messages, or prompt and completion, or text")
+    for form in FORMS:
+        if set(form) <= set(rows.column_names):
+            return form
+    found = ", ".join(rows.column_names)
+    raise UsageError(f"the {split} data has {found}: it needs messages, or prompt and completion, or text")
 
 
 if __name__ == "__main__":

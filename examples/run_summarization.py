@@ -12,7 +12,6 @@ Without a model it takes MiniLM-L6 twice, as encoder and as decoder (with new cr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import evaluate
 import numpy as np
@@ -29,15 +28,17 @@ from transformers import (
     set_seed,
 )
 
-import offline
-import offline_tasks
-from base_models import ModelArguments, check_length, pretrained, tokenizer_for
-from cli import ExampleParser, run
 from hf_ssam import SSAMSeq2SeqTrainer, SSAMSeq2SeqTrainingArguments
-from runs import prepare, train_and_report
-from sources import FileArguments, load_files, require_columns, uses
+from support import offline, offline_tasks
+from support.base_models import ModelArguments, check_length, pretrained, tokenizer_for
+from support.cli import ExampleParser, run
+from support.metrics import METRICS
+from support.plan import prepare
+from support.run_data import run_data
+from support.runs import train_and_report
+from support.sources import FileArguments, load_files, require_columns, uses
 
-METRIC = Path(__file__).parent / "metrics" / "rouge.py"
+METRIC = METRICS / "rouge.py"
 
 
 @dataclass
@@ -94,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         compute_metrics=scorer(tokenizer) if args.predict_with_generate else None,
     )
     facts = {"finetuned_from": model_args.model_name_or_path, **data_args.card}
-    return train_and_report(trainer, plan.checkpoint, **facts)
+    columns = {"columns": [data_args.text_column_name], "label_column": data_args.summary_column_name}
+    data = run_data(data_args, "answer_types", **columns, seed=args.seed)
+    return train_and_report(trainer, plan.checkpoint, data, **facts)
 
 
 def load_model(source: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

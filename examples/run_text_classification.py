@@ -6,7 +6,10 @@
 
 Without a model it takes MiniLM-L6, and without data TREC questions; neither needs a model hub. `--optim` takes a
 method (`ssam`, `sam` ...) or a stock optimizer, which is the baseline. Every field of `TrainingArguments` is a flag.
-With none of `--do_train`, `--do_eval` and `--do_predict` it trains and evaluates.
+With none of `--do_train`, `--do_eval` and `--do_predict` it trains and evaluates; without `--do_train` the labels are
+those of the model, matched by name:
+
+    python examples/run_text_classification.py --model_name_or_path out/trec --test_file new.csv --do_predict
 """
 
 from collections.abc import Callable, Sequence
@@ -16,27 +19,29 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import pandas as pd
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EvalPrediction,
-    PreTrainedModel,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     default_data_collator,
     set_seed,
 )
 
-import offline
-from base_models import ModelArguments, labelled, positions, pretrained, tokenizer_for, with_new_head
-from cli import ExampleParser, run
 from hf_ssam import SSAMTrainer, SSAMTrainingArguments
-from runs import conclude, prepare, train_and_evaluate
-from sources import uses
-from text_data import TextArguments, load, number_labels, text_columns
-
-METRICS = Path(__file__).parent / "metrics"
+from support import offline
+from support.base_models import ModelArguments, classifier, path_of, positions, pretrained, tokenizer_for
+from support.cli import ExampleParser, run
+from support.labels import finished_names, not_known, ordered_as
+from support.metrics import METRICS
+from support.plan import Plan, prepare
+from support.run_data import run_data
+from support.runs import conclude, train_and_evaluate
+from support.sources import uses
+from support.text_data import TextArguments, load, number_labels, text_columns, trained_names
 
 
 @dataclass
@@ -53,12 +58,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
     plan = prepare(args, offers=("train", "eval", "predict"))
     set_seed(args.seed)
 
+    path = path_of(model_args, plan, offline.minilm)
+    config = pretrained(AutoConfig, path, **model_args.hub)
     with args.main_process_first(desc="reading the data"):
         raw = load(data_args)
         columns = text_columns(raw, data_args)
-        raw, names = number_labels(raw, data_args)
         rows = uses(raw, data_args, plan)
-    model, tokenizer = load_model(model_args, names)
+        names, unknown = settled_names(raw, data_args, config, path, plan)
+        rows = number_labels(rows, raw, data_args, names, unknown)
+    tokenizer = tokenizer_for(model_args, model_args.tokenizer_name or path)
+    padding = {"pad_token_id": tokenizer.pad_token_id}
+    model = classifier(AutoModelForSequenceClassification, path, model_args, names, plan, **padding)
     with args.main_process_first(desc="tokenizing"):
         encode = encoder(tokenizer, columns, data_args, positions(model.config))
         prepared = {use: encoded(some, encode, f"tokenizing to {use}") for use, some in rows.items()}
@@ -72,23 +82,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         data_collator=default_data_collator if data_args.pad_to_max_length else DataCollatorWithPadding(tokenizer),
         compute_metrics=scorer(names, data_args),
     )
-    results = train_and_evaluate(trainer, plan.checkpoint)
+    known = {"columns": columns, "label_column": data_args.label_column_name, "labels": names, "seed": args.seed}
+    data = run_data(data_args, data_args.offline_dataset, **known)
+    results = train_and_evaluate(trainer, plan.checkpoint, data)
     if args.do_predict:
         results |= predict(trainer, prepared["predict"], names)
     facts = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-classification", **data_args.card}
     return conclude(trainer, results, **facts)
 
 
-def load_model(
-    source: ClassifierArguments, names: list[str] | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model with a fresh head for these classes (one output where `names` is None), and its tokenizer."""
-    path = source.model_name_or_path or str(offline.minilm())
-    head = {"num_labels": 1, "problem_type": "regression"} if names is None else labelled(names)
-    tokenizer = tokenizer_for(source, source.tokenizer_name or path)
-    config = pretrained(AutoConfig, path, **head, **source.hub)
-    config.pad_token_id = tokenizer.pad_token_id
-    return with_new_head(AutoModelForSequenceClassification, path, config, source), tokenizer
+def settled_names(
+    raw: DatasetDict, data: TextArguments, config: PreTrainedConfig, path: str, plan: Plan
+) -> tuple[list[str] | None, str]:
+    """The classes by number, or None for a regression; and the end of a sentence about a label that is no class."""
+    if plan.trains:
+        names, unknown = trained_names(raw, data)
+        return names and ordered_as(config, names), unknown
+    names = finished_names(config, "ForSequenceClassification", path)
+    if config.problem_type == "regression" or config.num_labels == 1:
+        return None, f"is no number: {path} predicts a score"
+    return names, not_known(path, names)
 
 
 def encoder(
@@ -115,7 +128,8 @@ def scorer(names: list[str] | None, data: TextArguments) -> Callable[[EvalPredic
     """Model output and labels -> scores, for classes or (where `names` is None) a regression."""
     module = data.metric_name or str(METRICS / ("regression.py" if names is None else "classification.py"))
     metric = evaluate.load(module, keep_in_memory=True)
-    return lambda pair: metric.compute(predictions=decide(pair.predictions, names), references=pair.label_ids)
+    ours = {"num_classes": len(names)} if names is not None and data.metric_name is None else {}
+    return lambda pair: metric.compute(predictions=decide(pair.predictions, names), references=pair.label_ids, **ours)
 
 
 def decide(predictions: np.ndarray | tuple, names: list[str] | None) -> np.ndarray:

@@ -10,29 +10,32 @@ questions in lower case, in which it finds the names (`offline_tasks.names`); ne
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import evaluate
-from datasets import ClassLabel, DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
     DataCollatorForTokenClassification,
     EvalPrediction,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     set_seed,
 )
 
-import offline
-import offline_tasks
-from base_models import ModelArguments, check_length, labelled, pretrained, tokenizer_for, with_new_head
-from cli import ExampleParser, UsageError, run
 from hf_ssam import SSAMTrainer, SSAMTrainingArguments
-from runs import prepare, train_and_report
-from sources import FileArguments, load_files, require_columns, uses
+from support import offline, offline_tasks
+from support.base_models import ModelArguments, check_length, classifier, path_of, pretrained, tokenizer_for
+from support.cli import ExampleParser, UsageError, run
+from support.labels import class_names, finished_names, not_known, numbers, ordered_as
+from support.metrics import METRICS
+from support.plan import Plan, prepare
+from support.run_data import run_data
+from support.runs import train_and_report
+from support.sources import FileArguments, load_files, require_columns, uses
 
-METRIC = Path(__file__).parent / "metrics" / "spans.py"
+METRIC = METRICS / "spans.py"
 IGNORED = -100
 
 
@@ -52,20 +55,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
     plan = prepare(args)
     set_seed(args.seed)
 
+    path = path_of(model_args, plan, offline.minilm)
+    config = pretrained(AutoConfig, path, **model_args.hub)
     with args.main_process_first(desc="reading the data"):
         raw = load_files(data_args, offline_tasks.names)
         columns = {"text_column_name": data_args.text_column_name, "label_column_name": data_args.label_column_name}
         require_columns(raw, columns)
-        tags = tags_of(raw, data_args)
+        require_tags(raw, data_args)
         rows = uses(raw, data_args, plan)
+        tags = settled_tags(raw, data_args, config, path, plan)
+        rows = number_tags(rows, data_args, tags, not_known(path, tags))
 
-    path = model_args.model_name_or_path or str(offline.minilm())
-    config = pretrained(AutoConfig, path, **labelled(tags), **model_args.hub)
     check_length("max_seq_length", data_args.max_seq_length, config)
     tokenizer = tokenizer_for(model_args, path)
-    model = with_new_head(AutoModelForTokenClassification, path, config, model_args)
+    model = classifier(AutoModelForTokenClassification, path, model_args, tags, plan)
     with args.main_process_first(desc="tokenizing"):
-        encode = encoder(tokenizer, data_args, tags)
+        encode = encoder(tokenizer, data_args)
         prepared = {use: r.map(encode, batched=True, remove_columns=r.column_names) for use, r in rows.items()}
 
     trainer = SSAMTrainer(
@@ -78,11 +83,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         compute_metrics=scorer(tags),
     )
     facts = {"finetuned_from": model_args.model_name_or_path, "tasks": "token-classification", **data_args.card}
-    return train_and_report(trainer, plan.checkpoint, **facts)
+    columns = {"columns": [data_args.text_column_name], "label_column": data_args.label_column_name}
+    data = run_data(data_args, "names", **columns, labels=tags, seed=args.seed)
+    return train_and_report(trainer, plan.checkpoint, data, **facts)
 
 
-def tags_of(raw: DatasetDict, data: TokenArguments) -> list[str]:
-    """The tags' names: those that the data set declares, or what occurs in any split, sorted.
+def require_tags(raw: DatasetDict, data: TokenArguments) -> None:
+    """Refuse data without a tag for each word.
 
     Raises:
         UsageError: the columns hold no lists, or an example has more words than tags, or fewer.
@@ -94,27 +101,41 @@ def tags_of(raw: DatasetDict, data: TokenArguments) -> list[str]:
                 raise UsageError(f"the {split} data needs lists of words and of tags in {words!r} and {labels!r}")
             if len(some) != len(others):
                 raise UsageError(f"example {number} of the {split} data has {len(some)} words and {len(others)} tags")
-    feature = next(iter(raw.values())).features[labels].feature
-    if isinstance(feature, ClassLabel):
-        return feature.names
-    return sorted({str(tag) for rows in raw.values() for tags in rows[labels] for tag in tags})
 
 
-def encoder(tokenizer: PreTrainedTokenizerBase, data: TokenArguments, tags: list[str]) -> Callable[[dict], dict]:
+def settled_tags(raw: DatasetDict, data: TokenArguments, config: PreTrainedConfig, path: str, plan: Plan) -> list[str]:
+    """The tags' names by number: of a run that trains, those that the data declares, or what occurs in any split."""
+    if plan.trains:
+        return ordered_as(config, class_names(data.label_column_name, *raw.values()))
+    return finished_names(config, "ForTokenClassification", path)
+
+
+def number_tags(rows: dict[str, Dataset], data: TokenArguments, tags: list[str], unknown: str) -> dict[str, Dataset]:
+    """Make the tags of each use numbers.
+
+    Raises:
+        UsageError: a tag is none of `tags`.
+    """
+    column, numbered = data.label_column_name, {}
+    for use, some in rows.items():
+        values = numbers(some[column][:], some.features[column], tags, f"the {use} data", unknown)
+        numbered[use] = some.remove_columns(column).add_column(column, values)
+    return numbered
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase, data: TokenArguments) -> Callable[[dict], dict]:
     """Examples -> token ids and ``labels``: a word's first token has its tag, and what else there is has none."""
-    number = {tag: i for i, tag in enumerate(tags)}
 
-    def label(ids: list[int | None], words: list[int | str]) -> list[int]:
+    def label(ids: list[int | None], tags: list[int]) -> list[int]:
         first = [id is not None and id != before for before, id in zip([None, *ids], ids, strict=False)]
-        named = (words[id] if is_first else None for id, is_first in zip(ids, first, strict=True))
-        return [IGNORED if tag is None else tag if isinstance(tag, int) else number[tag] for tag in named]
+        return [tags[id] if is_first else IGNORED for id, is_first in zip(ids, first, strict=True)]
 
     def encode(batch: dict[str, list]) -> dict[str, Any]:
         encoded = tokenizer(
             batch[data.text_column_name], is_split_into_words=True, truncation=True, max_length=data.max_seq_length
         )
         rows = enumerate(batch[data.label_column_name])
-        encoded["labels"] = [label(encoded.word_ids(i), words) for i, words in rows]
+        encoded["labels"] = [label(encoded.word_ids(i), tags) for i, tags in rows]
         return encoded
 
     return encode

@@ -5,6 +5,10 @@
     accelerate launch --config_file configs/accelerate/cpu_two_processes.yaml examples/train_loop.py
 
 MiniLM-L6 learns which of 6 kinds of answer a question wants. What differs from a plain loop is marked: 1, 2, 3.
+
+With `--accumulate n` a step is n micro-batches. The engine gets all of them at once, as a list of functions, because the
+second pass has to see them again; `accelerator.accumulate`, which hides steps inside a loop over single batches, has no
+place here, nor has `Accelerator(gradient_accumulation_steps=n)`, which divides every loss by n once more.
 """
 
 import argparse
@@ -19,8 +23,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 from transformers import get_linear_schedule_with_warmup as linear_schedule
 
-import offline
 from hf_ssam import METHODS, TwoPass
+from support import offline
 
 
 def main(flags: argparse.Namespace) -> None:
@@ -44,15 +48,17 @@ def main(flags: argparse.Namespace) -> None:
     two_pass = TwoPass(model, method=flags.method, rho=flags.rho)  # 1: the engine, over the prepared model
 
     def forward_backward(batch: dict[str, torch.Tensor]) -> torch.Tensor:  # 2: forward and backward as one function
-        loss = model(**batch).loss / flags.accumulate
+        loss = model(**batch).loss / flags.accumulate  # its share of the batch
         accelerator.backward(loss)
         return loss
 
     model.train()
     batches = chain.from_iterable(repeat(train))
     for _ in tqdm(range(flags.steps), disable=not accelerator.is_local_main_process):
-        window = islice(batches, flags.accumulate)
-        report = two_pass.step([partial(forward_backward, batch) for batch in window])  # 3: leaves `.grad`, restores w
+        window = [partial(forward_backward, batch) for batch in islice(batches, flags.accumulate)]
+        report = two_pass.step(
+            window
+        )  # 3: one call an optimizer step; it leaves `.grad`, and the weights as they were
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -1,18 +1,21 @@
 """Stable SAM in a bare PyTorch loop, on a network with batch normalisation: no Trainer, no Accelerate, no model hub.
 
-    python examples/train_loop_torch.py             # a few seconds on one core
+    python examples/train_loop_torch.py                     # a few seconds on one core
+    python examples/train_loop_torch.py --accumulate 2      # a step of two micro-batches
 
-A small convolutional network learns 2,000 handwritten digits. The engine needs the model and one function.
+A small convolutional network learns 2,000 handwritten digits. The engine needs the model and one function, or a list of
+them, one for each micro-batch of the step: it calls each once a pass.
 """
 
 import argparse
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import offline
 from hf_ssam import METHODS, TwoPass
+from support import offline
 
 
 def main(flags: argparse.Namespace) -> None:
@@ -25,15 +28,14 @@ def main(flags: argparse.Namespace) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=flags.lr, momentum=0.9)
     two_pass = TwoPass(model, method=flags.method, rho=flags.rho)
 
+    def forward_backward(chosen: Tensor, share: float) -> Tensor:
+        loss = nn.functional.cross_entropy(model(images[chosen]), labels[chosen]) * share
+        loss.backward()
+        return loss
+
     for step in range(flags.steps):
-        chosen = torch.randint(2000, (64,))
-
-        def forward_backward(chosen: Tensor = chosen) -> Tensor:
-            loss = nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
-            loss.backward()
-            return loss
-
-        report = two_pass.step(forward_backward)
+        parts = torch.randint(2000, (64,)).chunk(flags.accumulate)
+        report = two_pass.step([partial(forward_backward, chosen, len(chosen) / 64) for chosen in parts])
         optimizer.step()
         optimizer.zero_grad()
         if step % 25 == 0:
@@ -64,6 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--method", default="ssam", choices=list(METHODS), help="how the gradient is computed")
     parser.add_argument("--rho", type=float, help="radius; 0 is plain SGD, none the method's own")
     parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches in a step of 64 digits")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()

@@ -17,8 +17,8 @@ import yaml
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from comparison import interval
 from hf_ssam import TwoPass, get_method
+from support.comparison import interval
 from train_loop_torch import digits
 
 CELLS = Path(__file__).parents[1] / "configs" / "trials" / "defaults.yaml"

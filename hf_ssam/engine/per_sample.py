@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-IGNORED = -100
+from .labels import IGNORED, shifts_labels
 
 
 def per_sample_losses(model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
@@ -41,17 +40,6 @@ def per_sample_losses(model: nn.Module, inputs: Mapping[str, Any], outputs: Any)
     if labels.dim() == 2 and logits.dim() == 3 and labels.shape == logits.shape[:2]:
         return _of_tokens(logits, labels, shifted=shifts_labels(model))
     raise ValueError(_refusal(model, f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not tell"))
-
-
-def shifts_labels(model: nn.Module) -> bool:
-    """Whether position t of the logits is compared with label t + 1.
-
-    Transformers takes the causal loss for a model whose class name tells of none, such as `GPT2LMHeadModel`.
-    """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return False
-    loss_type = getattr(model, "loss_type", "none of transformers")
-    return loss_type is None or LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
 
 
 def _of_floats(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:

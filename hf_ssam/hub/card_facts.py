@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +13,9 @@ from typing import Any
 from transformers.modelcard import parse_log_history
 
 from ..methods.method import Method, checked_rho
-from ..trainer.checkpoints import TRAINER_STATE, sorted_checkpoints
-from .command_line import public
+from ..run_folder import read_run
+from .markdown import code
+from .redaction import is_secret, public
 
 Log = Sequence[Mapping[str, Any]]
 
@@ -119,20 +119,21 @@ def compute_cost(log: Log, method: Method, steps: int, plain: PlainRun | None) -
 
 
 def method_settings(args: Any, method: Method) -> dict[str, str]:
-    """Method, radius, options, scope and base optimizer, as the card's table shows them."""
+    """Method, radius, options, scope and base optimizer, as the card's table shows them: Markdown."""
     betas = f" (betas {args.adam_beta1:g}, {args.adam_beta2:g}; epsilon {args.adam_epsilon:g})"
     optimizer = args.base_optim.value
     rows = {
-        "Method": f"`{method.name}`",
-        "Radius ρ": f"{checked_rho(args.rho, method):g}, schedule `{args.rho_scheduler_type}`",
-        "Options": ", ".join(f"`{name}={_literal(value)}`" for name, value in method.values.items()),
-        "Perturbed parameters": f"`{args.perturb}`",
+        "Method": code(method.name),
+        "Radius ρ": f"{checked_rho(args.rho, method):g}, schedule {code(args.rho_scheduler_type)}",
+        "Options": ", ".join(code(f"{name}={_literal(value)}") for name, value in method.values.items()),
+        "Perturbed parameters": code(public(args.perturb)),
         "Perturbed steps": _perturbed_steps(args.ascent_start, args.ascent_interval),
-        "Ascent scope": f"`{args.ascent_scope}`",
+        "Ascent scope": code(args.ascent_scope),
         "Same random numbers in both passes": "yes" if args.replay_rng else "no",
-        "Base optimizer": f"`{optimizer}`{betas if 'adam' in optimizer else ''}",
+        "Base optimizer": f"{code(optimizer)}{betas if 'adam' in optimizer else ''}",
     }
-    return rows | ({"Base optimizer arguments": f"`{args.base_optim_args}`"} if args.base_optim_args else {})
+    base_args = {"Base optimizer arguments": code(public(args.base_optim_args))} if args.base_optim_args else {}
+    return rows | base_args
 
 
 def _literal(value: Any) -> str:
@@ -153,7 +154,7 @@ def changed_arguments(args: Any) -> dict[str, str]:
         value = getattr(args, field.name)
         value = value.value if isinstance(value, Enum) else value
         is_default = value == field.default or not (value or field.default)
-        if isinstance(value, str | int | float) and not is_default and not field.name.endswith("_token"):
+        if isinstance(value, str | int | float) and not is_default and not is_secret(field.name):
             changed[field.name] = repr(public(value) if isinstance(value, str) else value)
     return changed
 
@@ -168,23 +169,19 @@ def public_base_model(name: Any, model: Any) -> dict[str, str | None]:
     if not path:
         return {"id": None, "folder": None}
     if os.path.isdir(path) or not REPO_ID.fullmatch(path):
-        return {"id": None, "folder": Path(path).name}
+        return {"id": None, "folder": Path(public(path)).name}
     return {"id": path, "folder": None}
 
 
 def plain_run(folder: str | Path) -> PlainRun:
-    """What a run folder's `trainer_state.json` tells, its own (`trainer.save_state()`) or its last checkpoint's.
+    """What the folder of a run with the plain optimizer tells.
 
     Raises:
-        ValueError: where the folder holds neither.
+        ValueError: where the folder holds no state of a run, or a damaged one.
     """
-    for place in [Path(folder), *reversed(sorted_checkpoints(folder))]:
-        path = place / TRAINER_STATE
-        if path.is_file():
-            state = json.loads(path.read_text("utf-8"))
-            _, after = evaluations(state["log_history"], {}, state.get("best_global_step"))
-            seconds = [e["train_runtime"] for e in state["log_history"] if "train_runtime" in e]
-            return PlainRun(after, seconds[-1] if seconds else None, Path(folder).name)
-    raise ValueError(
-        f"card_baseline: {folder} holds no trainer_state.json; call trainer.save_state() at the end of the plain run."
-    )
+    try:
+        run = read_run(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"card_baseline: {error}") from error
+    seconds = [entry["train_runtime"] for entry in run.log if "train_runtime" in entry]
+    return PlainRun(evaluations(run.log, {}, run.best_step)[1], seconds[-1] if seconds else None, Path(folder).name)

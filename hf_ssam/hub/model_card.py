@@ -43,7 +43,9 @@ from .card_facts import (
     sharpness_rows,
 )
 from .command_line import repeat_command
+from .markdown import cell, code, fenced, text
 from .push import HubMixin
+from .redaction import public, secret_values
 
 TEMPLATES = Path(__file__).parent / "templates"
 PROCESSORS = {
@@ -103,19 +105,19 @@ class ModelCardMixin(HubMixin):
         inner = model.get_base_model() if is_peft_model(model) else model
         plain = plain_run(self.card_baseline) if self.card_baseline else None
         before, after = evaluations(log, self._metrics_before, self.state.best_global_step)
-        cited = {paper.key: paper for paper in (*self._card_papers, method.paper)}
+        cited = dict.fromkeys((*self._card_papers, method.paper))
         hyperparameters = extract_hyperparameters_from_trainer(self)
         hyperparameters.pop("optimizer", None)
         return {
-            "name": asked.get("model_name") or Path(args.output_dir).absolute().name,
+            "name": public(asked.get("model_name") or Path(args.output_dir).absolute().name),
             "trained_with": self._card_name,
             "tags": [*self._card_tags, method.name],
             "method": method,
             "settings": method_settings(args, method),
             "cost": compute_cost(log, method, self.state.global_step, plain),
             "base": public_base_model(data.base_model, inner),
-            "datasets": asked.get("dataset") or asked.get("dataset_name") or data.datasets,
-            "dataset_tag": asked.get("dataset_tags") or data.datasets,
+            "datasets": listed(asked.get("dataset") or asked.get("dataset_name") or data.datasets),
+            "dataset_tags": listed(asked.get("dataset_tags") or data.datasets),
             "task": asked.get("tasks") or task_of(inner),
             "results": result_rows(before, after, plain.metrics if plain else {}),
             "after": after,
@@ -125,11 +127,11 @@ class ModelCardMixin(HubMixin):
             "repository": self.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name,
             "revision": args.hub_revision,
             "loader": loader(model, self.processing_class),
-            "command": repeat_command(args.world_size),
+            "command": repeat_command(args.world_size, secret_values(args)),
             "arguments": changed_arguments(args),
             "hyperparameters": hyperparameters,
             "versions": versions(),
-            "papers": list(cited.values()),
+            "papers": list(cited),
         }
 
 
@@ -142,33 +144,24 @@ def render(template: str, facts: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(cell=cell, listed=listed, figure_name=lambda name: Path(name).stem.replace("_", " "))
+    environment.filters.update(cell=cell, code=code, fenced=fenced, literal=repr, text=text, listed=listed)
+    environment.filters["figure_name"] = lambda name: Path(name).stem.replace("_", " ")
     return environment.get_template(template).render(facts)
 
 
-def cell(value: Any) -> str:
-    """A value as a table cell: four significant digits, no character that ends the cell."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e15 else f"{value:.4g}"
-    return str(value).replace("|", "\\|").replace("\n", " ")
-
-
 def listed(value: str | Sequence[str] | None) -> list[str]:
-    """One name or several, as a list without gaps: a dataset without a name arrives as None."""
+    """One name or several, fit to be published, without gaps: a dataset without a name arrives as None."""
     names = [value] if isinstance(value, str) else value or []
-    return [name for name in names if name]
+    return [public(name) for name in names if name]
 
 
 def front_matter(data: ModelCardData, facts: Mapping[str, Any]) -> ModelCardData:
     """The parent's metadata with the tags, a base model that the Hub accepts, and the results as `model-index`."""
     data.tags = list(dict.fromkeys([*listed(data.tags), *facts["tags"]]))
     data.base_model = facts["base"]["id"]
-    data.eval_results = None
+    data.datasets = listed(data.datasets) or None
     results = eval_results(facts)
-    if results:
-        data.model_name, data.eval_results = facts["name"], results
+    data.model_name, data.eval_results = (facts["name"], results) if results else (None, None)
     return data
 
 
@@ -176,7 +169,7 @@ def eval_results(facts: Mapping[str, Any]) -> list[EvalResult]:
     """The metrics after training as the Hub's `model-index` wants them: each with a task and a dataset."""
     if facts["task"] is None:
         return []
-    tags, names = listed(facts["dataset_tag"]), listed(facts["datasets"])
+    tags, names = facts["dataset_tags"], facts["datasets"]
     task = listed(facts["task"])[0]
     return [
         EvalResult(

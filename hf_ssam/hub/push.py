@@ -9,6 +9,7 @@ of transformers 5.23:
   by the upload after training.
 - A push during training that fails is dropped silently: its exception stays in a future that nobody asks.
 - `push_to_hub` without `push_to_hub=True` in the arguments creates the repository first and saves the model second.
+- `training_args.bin` is pushed with the arguments as they are, `hub_token` in clear.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import hf_api
+
+from .redaction import pickled_without_secrets
 
 logger = logging.get_logger(__name__)
 
@@ -94,12 +97,17 @@ class HubMixin:
             reason = explain(error, self._hub_name(), revision or self.args.hub_revision)
             raise HubError(f"{reason}. {self._later(revision, private)}") from error
 
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        with pickled_without_secrets(self.args):
+            super()._save(*args, **kwargs)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         before = set(self.push_in_progress.jobs) if self.push_in_progress is not None else set()
         self.create_model_card(model_name=self._card_title())
-        super()._push_from_checkpoint(checkpoint_folder)
+        with pickled_without_secrets(self.args):
+            super()._push_from_checkpoint(checkpoint_folder)
         for job in set(self.push_in_progress.jobs) - before:
             job.add_done_callback(self._report_push)
 

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.batches import split
 from .arithmetic import length
 from .objective import Objective
-from .probe import Batches, split_rows
+from .probe import Batches
 
 Metric = Callable[[Tensor], Tensor]
 """A vector multiplied by T, in place."""
@@ -97,7 +98,7 @@ def _shards(objective: Objective, m: int | None) -> Iterator[tuple[Objective, fl
         yield objective, 1.0
         return
     for batch in objective.batches():
-        for rows in split_rows(batch, m):
+        for rows in split(batch, m):
             shard = objective.over(rows)
             if shard.total:
                 yield shard, shard.total / objective.total

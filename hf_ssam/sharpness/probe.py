@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-Batch = Mapping[str, Any]
+from ..engine.batches import Batch, batch_size
+from ..engine.labels import count_labels
+
 Batches = Batch | Iterable[Batch]
-
-IGNORED = -100
 
 
 def as_batches(batches: Batches) -> Iterable[Batch]:
@@ -37,51 +36,12 @@ def as_batches(batches: Batches) -> Iterable[Batch]:
     return batches
 
 
-def rows(batch: Batch) -> int:
-    """Number of rows: the leading size of the first tensor (nested ones included).
-
-    Raises:
-        ValueError: if no value is a tensor with a leading dimension.
-    """
-    for value in batch.values():
-        if isinstance(value, Mapping):
-            return rows(value)
-        if isinstance(value, Tensor) and value.ndim:
-            return value.shape[0]
-    raise ValueError(f"batches: a batch with the keys {list(batch)} holds no tensor; pass what the collator returns.")
-
-
 def count_items(model: nn.Module, batch: Batch) -> int:
     """How many items the model's mean loss runs over (see the module's docstring)."""
     labels = batch.get("shift_labels", batch.get("labels"))
     if not isinstance(labels, Tensor) or labels.is_floating_point():
-        return rows(batch)
-    if "shift_labels" not in batch and _shifts_labels(model):
-        labels = labels[..., 1:]
-    return int((labels != IGNORED).sum())
-
-
-def _shifts_labels(model: nn.Module) -> bool:
-    """Whether the first label of a row is no target. Some causal models (GPT-2) declare no `loss_type`; names tell."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return False
-    adapted = getattr(getattr(model, "base_model", None), "model", None)
-    names = {type(model).__name__, type(adapted).__name__}
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return getattr(model, "loss_type", None) == "ForCausalLM" or not names.isdisjoint(causal)
-
-
-def split_rows(batch: Batch, size: int) -> list[Batch]:
-    """`batch` in shards of at most `size` rows; values without a row dimension go to every shard."""
-    total = rows(batch)
-
-    def part(value: Any, start: int) -> Any:
-        if isinstance(value, Mapping):
-            return {k: part(v, start) for k, v in value.items()}
-        by_row = isinstance(value, Tensor) and value.ndim and value.shape[0] == total
-        return value[start : start + size] if by_row else value
-
-    return [{k: part(v, start) for k, v in batch.items()} for start in range(0, total, size)]
+        return batch_size(batch)
+    return int(count_labels(model, batch))
 
 
 def moved(batch: Batch, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def _room(vectors: Path, like: Mapping[str, Tensor]) -> Room:
             return torch.empty(shape, dtype=dtype)
         if name in like and tuple(like[name].shape) == shape:
             return torch.empty_like(like[name], dtype=dtype)
-        now = f"has the shape {tuple(like[name].shape)} for" if name in like else "does not train"
+        now = f"has with shape {tuple(like[name].shape)}" if name in like else "does not train"
         raise ValueError(
             f"resume_from_checkpoint: {vectors} holds vectors of shape {shape} for `{name}`, which this model {now}; "
             "resume with the model that the checkpoint was saved with, or start a new run."
@@ -192,7 +192,7 @@ def trainer_state(checkpoint: str | Path) -> TrainerState | None:
     """What the Trainer wrote last into `checkpoint`; None where it did not come to that."""
     try:
         return TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

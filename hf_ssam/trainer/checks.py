@@ -15,10 +15,26 @@ from transformers.utils import is_sagemaker_mp_enabled
 
 from ..methods.adasam import AdaSAM
 
-_OTHER_SAMPLES = "its training_step picks the next buffered batch, so the second pass would see other samples"
+_NEXT_BATCH = "its step takes the next batch of a buffer, so the second pass would see other samples"
+_GENERATES = "its step lets the model generate, so the second pass would see other samples"
+_WEIGHTS_ARE_SENT = "others generate its samples with the weights of each moment, which are not w in the second pass"
 
-HOSTS = {"GRPOTrainer": _OTHER_SAMPLES, "RLOOTrainer": _OTHER_SAMPLES, "DistillationTrainer": _OTHER_SAMPLES}
-"""Trainers whose `training_step` cannot be called twice for one batch, and why."""
+HOSTS = {
+    "GRPOTrainer": _NEXT_BATCH,
+    "RLOOTrainer": _NEXT_BATCH,
+    "DistillationTrainer": _NEXT_BATCH,
+    "GOLDTrainer": _NEXT_BATCH,
+    "IWOPDTrainer": _NEXT_BATCH,
+    "SDFTTrainer": _NEXT_BATCH,
+    "SDPOTrainer": _NEXT_BATCH,
+    "A2POTrainer": _GENERATES,
+    "GKDTrainer": _GENERATES,
+    "OnlineDPOTrainer": _GENERATES,
+    "AsyncGRPOTrainer": _WEIGHTS_ARE_SENT,
+    "AsyncDistillationTrainer": _WEIGHTS_ARE_SENT,
+}
+"""Trainers whose `training_step` cannot be called twice for one batch, and why. What they have in common with trainers
+that are not listed is noticed in the first perturbed step (`refuse_other_samples`)."""
 
 
 def refuse_host(trainer_class: type) -> None:
@@ -33,6 +49,19 @@ def refuse_host(trainer_class: type) -> None:
                 f"{base.__name__} cannot train with two passes: {HOSTS[base.__name__]}; use SFTTrainer, DPOTrainer or "
                 f"RewardTrainer under SSAMTrainerMixin, or a stock `optim` with {base.__name__} itself."
             )
+
+
+def refuse_other_samples(trainer_class: type) -> None:
+    """Refuse a Trainer whose second pass has been seen to call the model on other samples than the first.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        f"{trainer_class.__name__} cannot train with two passes: its second pass called the model with other "
+        "samples than the first, as a step does that generates, takes the next batch or counts its own calls; draw "
+        "samples in the data set or the collator, or use a stock `optim`."
+    )
 
 
 def refuse_optimizer(optimizer: Any) -> None:

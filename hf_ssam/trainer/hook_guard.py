@@ -32,7 +32,7 @@ class HookGuard(TrainerCallback):
             RuntimeError: if it did not.
         """
         self._trainer.check_prepared()
-        if self._trainer.two_pass.elapsed != state.global_step:
+        if self._trainer.two_pass.clock.elapsed != state.global_step:
             raise RuntimeError(
                 _sentence(self._trainer, "training_step", f"step {state.global_step} had no second pass")
             )

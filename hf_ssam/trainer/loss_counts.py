@@ -17,6 +17,7 @@ from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..engine.labels import count_labels
 from ..engine.replay import unchanged
 from .micro_batches import MicroBatch
 from .sample_ids import without_ids
@@ -57,11 +58,7 @@ class LossCountMixin:
 
     def _items(self, inputs: dict[str, Any]) -> Tensor:
         """How many labels of `inputs` the loss counts."""
-        if "shift_labels" in inputs:
-            labels = inputs["shift_labels"]
-        else:
-            labels = inputs["labels"][..., 1:] if self._loss_shifts_labels else inputs["labels"]
-        return labels.ne(-100).sum()
+        return count_labels(self.accelerator.unwrap_model(self.model), inputs)
 
     def _counts_alone(self) -> bool:
         """Whether every batch is the whole of a step, so that its count is its own."""

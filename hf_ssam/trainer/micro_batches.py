@@ -9,13 +9,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from transformers.distributed.fsdp import is_fsdp_managed_module
+
+from ..engine.batches import batch_size, part_of
+from ..engine.two_pass import TwoPass
+from .checks import refuse_other_samples
 
 
 @dataclass
@@ -27,11 +32,13 @@ class MicroBatch:
         step: the parent's bound `training_step`.
         model: the model as the Trainer calls it.
         inputs: what the collator gave; each pass gets its own shallow copy, since `compute_loss` may pop from it.
+        unwritten: a copy from before the first pass, where that wrote into the tensors (masking in place).
         num_items: `num_items_in_batch` of the whole window.
         last: whether gradients are synchronised after it.
         weight: its share of the batch that the parent was given, where that was split.
         rows: which samples of that batch these are; None for all.
         passes: how often it has run.
+        calls: what the first pass called the model with, in a run's first perturbed step.
     """
 
     trainer: HostMixin
@@ -43,6 +50,8 @@ class MicroBatch:
     weight: float = 1.0
     rows: Tensor | None = None
     passes: int = 0
+    unwritten: dict[str, Any] | None = None
+    calls: list[Any] | None = None
 
     def __call__(self, indices: Tensor | None = None) -> Tensor:
         """Forward and backward, as the parent does them; returns the loss it reports.
@@ -52,12 +61,40 @@ class MicroBatch:
                 micro-batch.
         """
         self.passes += 1
-        inputs, num_items = self.inputs, self.num_items
+        inputs = self.inputs if self.unwritten is None else _cloned(self.unwritten)
+        num_items = self.num_items
         if indices is not None:
             inputs = part_of(inputs, indices)
             num_items = self.trainer.recounted(num_items, self.inputs, inputs)
         with self.trainer.synchronized(self.model, self.last), self._uncounted(inputs), self._weighted():
-            return self.step(self.model, {**inputs}, num_items)
+            if indices is not None:
+                return self.step(self.model, {**inputs}, num_items)
+            with self._unwritten_kept(), self._compared():
+                return self.step(self.model, {**inputs}, num_items)
+
+    @contextlib.contextmanager
+    def _unwritten_kept(self) -> Iterator[None]:
+        """Keep a copy of the inputs from before the first pass, if that writes into them."""
+        if self.passes > 1:
+            yield
+            return
+        before, versions = _cloned(self.inputs), _versions(self.inputs)
+        yield
+        if _versions(self.inputs) != versions:
+            self.unwritten = before
+
+    @contextlib.contextmanager
+    def _compared(self) -> Iterator[None]:
+        """In a run's first perturbed step, refuse a host that calls the model on other samples in the second pass."""
+        if not self.trainer.compares_inputs():
+            yield
+            return
+        with recorded_calls(self.model) as calls:
+            yield
+        if self.calls is None:
+            self.calls = calls
+        elif self.calls != calls:
+            refuse_other_samples(type(self.trainer))
 
     @contextlib.contextmanager
     def _uncounted(self, inputs: dict[str, Any]) -> Iterator[None]:
@@ -93,30 +130,45 @@ class MicroBatch:
         ]
 
 
-def batch_size(inputs: Mapping[str, Any]) -> int:
-    """Number of samples in a batch: the length of its labels, or of its first tensor."""
-    first = inputs["labels"] if "labels" in inputs else next(t for t in inputs.values() if isinstance(t, Tensor))
-    return len(first)
+@contextlib.contextmanager
+def recorded_calls(model: nn.Module) -> Iterator[list[Any]]:
+    """What `model` is called with while gradients are recorded: each tensor's shape, and its values if integers.
 
-
-def part_of(inputs: Mapping[str, Any], indices: Tensor) -> dict[str, Any]:
-    """The samples `indices` of a batch.
-
-    Raises:
-        ValueError: if a tensor's first dimension does not run over the samples, as with images packed into one row.
+    Floating-point values are left out, since they may depend on the weights (adversarial examples). Reading the others
+    waits for the device.
     """
-    size, part = batch_size(inputs), {}
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and value.dim():
-            if len(value) != size:
-                raise ValueError(
-                    f"inputs: `{name}` has {len(value)} rows where the batch has {size} samples, so it cannot be "
-                    "cut into samples; choose a method and an ascent_scope that use whole micro-batches."
-                )
-            part[name] = value[indices.to(value.device)]
-        else:
-            part[name] = [value[i] for i in indices.tolist()] if isinstance(value, list) else value
-    return part
+    calls: list[Any] = []
+
+    def record(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            calls.append([_fingerprint(t) for t in _tensors((args, kwargs))])
+
+    hook = model.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def _fingerprint(tensor: Tensor) -> tuple[Any, ...]:
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tuple(tensor.shape), None
+    return tuple(tensor.shape), hash(tensor.detach().cpu().contiguous().numpy().tobytes())
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    recursively_apply(found.append, values)
+    return found
+
+
+def _cloned(inputs: dict[str, Any]) -> dict[str, Any]:
+    return recursively_apply(torch.clone, inputs)
+
+
+def _versions(inputs: dict[str, Any]) -> list[int]:
+    """How often each tensor has been written to; inference tensors, which nothing can write to, have no such count."""
+    return [t._version for t in _tensors(inputs) if not t.is_inference()]
 
 
 class HostMixin:
@@ -124,7 +176,8 @@ class HostMixin:
 
     Attributes:
         host_counters: by class name, the attributes that a parent trainer's own steps count in; a second pass must
-            leave them as it found them.
+            leave them as it found them. A subclass that counts in attributes of its own adds them:
+            `host_counters = {**SSAMTrainerMixin.host_counters, "MyTrainer": ("my_counter",)}`.
     """
 
     host_counters: dict[str, tuple[str, ...]] = {
@@ -132,10 +185,15 @@ class HostMixin:
         "DPOTrainer": ("_metrics", "_total_train_tokens"),
         "KTOTrainer": ("_metrics", "_total_train_tokens"),
         "RewardTrainer": ("_metrics", "_total_train_tokens"),
+        "TPOTrainer": ("_metrics", "_total_train_tokens"),
+        "CPOTrainer": ("_stored_metrics",),
+        "ORPOTrainer": ("_stored_metrics",),
         "SentenceTransformerTrainer": ("accum_loss_components",),
         "CrossEncoderTrainer": ("accum_loss_components",),
         "SparseEncoderTrainer": ("accum_loss_components",),
+        "MultiVectorEncoderTrainer": ("accum_loss_components",),
     }
+    _first_ascent: tuple[TwoPass, int] | None = None
 
     @contextlib.contextmanager
     def synchronized(self, model: nn.Module, last: bool) -> Iterator[None]:
@@ -151,14 +209,27 @@ class HostMixin:
 
     @contextlib.contextmanager
     def host_counters_kept(self) -> Iterator[None]:
-        """Leave what the parent's steps count in as it was."""
+        """What second passes run in: the parent's counters stay as they are, and nothing is logged.
+
+        Override it for state of a Trainer's own that a pass moves and that is no counter.
+        """
         names = {n for base in type(self).__mro__ for n in self.host_counters.get(base.__name__, ())}
         kept = {n: copy.deepcopy(getattr(self, n)) for n in names}
-        try:
-            yield
-        finally:
-            for name, value in kept.items():
-                setattr(self, name, value)
+        with _muted(self):
+            try:
+                yield
+            finally:
+                for name, value in kept.items():
+                    setattr(self, name, value)
+
+    def compares_inputs(self) -> bool:
+        """Whether this is the first perturbed step of a run, whose passes should see the same samples."""
+        engine = self.two_pass
+        if engine.rho == 0 or not self.args.replay_rng:
+            return False
+        if self._first_ascent is None or self._first_ascent[0] is not engine:
+            self._first_ascent = engine, engine.elapsed
+        return self._first_ascent[1] == engine.elapsed
 
     def _sync_context(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         if last or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
@@ -166,3 +237,16 @@ class HostMixin:
         if self.is_distributed_loading_by_transformers and is_fsdp_managed_module(self.model):
             return self._defer_fsdp_gradient_reduction()
         return self.accelerator.no_sync(model)
+
+
+@contextlib.contextmanager
+def _muted(trainer: HostMixin) -> Iterator[None]:
+    """Let `trainer.log` do nothing, whichever class or callback of the host calls it."""
+    attributes = vars(trainer)
+    own = {"log": attributes["log"]} if "log" in attributes else {}
+    attributes["log"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del attributes["log"]
+        attributes.update(own)

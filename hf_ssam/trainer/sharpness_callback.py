@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,17 +21,16 @@ from torch import Tensor
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging
 
+from ..engine.batches import Batch, batch_size, split
 from ..engine.parameters import stable_name
 from ..engine.replay import unchanged
-from ..methods.method import Method, checked_rho
+from ..methods.method import Method
 from ..rules.context import StepContext
 from ..sharpness import Edges, Objective, edge_of_stability
 from ..sharpness.arithmetic import length
 from ..sharpness.eigenvalues import solve
 from ..sharpness.measured import selected
-from ..sharpness.probe import Batch, rows, split_rows
 from ..sharpness.stochastic import estimate_trace
-from .schedules import rho_factor
 
 logger = logging.get_logger(__name__)
 
@@ -41,10 +41,10 @@ class SharpnessCallback(TrainerCallback):
     """Measures and logs the curvature every `args.sharpness_steps` optimizer steps, through `Trainer.log`.
 
     Log keys, all under `sharpness/`: `top_eigenvalue` (λ₁), `converged`, `trace`, `trace_error` (standard error),
-    `grad_norm` (‖g‖ on the probe), `grad_alignment` and `ascent_grad_alignment` (|cos| of g and ĝ with the top
-    eigenvector), `edge_gd` (2/η), `edge_usam`, `edge_sam`, `edge` (of the method itself, where one is known),
-    `stability` (2 is the method's edge), `stability_usam` (`ηλ₁(1 + ρλ₁)`), and the cost: `products`, `gradients`,
-    `seconds`.
+    `grad_norm` (‖g‖ on the probe), `grad_alignment` and, where the perturbation is a function of the gradient,
+    `ascent_grad_alignment` (|cos| of g and ĝ with the top eigenvector), `edge_gd` (2/η), `edge_usam`, `edge_sam`,
+    `edge` (of the method itself, where one is known), `stability` (2 is the method's edge), `stability_usam`
+    (`ηλ₁(1 + ρλ₁)`), and the cost: `products`, `gradients`, `seconds`.
 
     Args:
         trainer: the host, an `SSAMTrainerMixin`.
@@ -129,27 +129,30 @@ class SharpnessCallback(TrainerCallback):
             values |= {"edge": own.edge, "stability": own.stability(eigenvalue)}
         return values | {"stability_usam": lr * eigenvalue * (1 + rho * eigenvalue)}
 
-    def _ascent_gradient(self, objective: Objective, g: Tensor, rho: float) -> Tensor:
-        """ĝ at the method's own perturbation of the probe; averages that a method keeps start afresh here."""
+    def _ascent_gradient(self, objective: Objective, g: Tensor, rho: float) -> Tensor | None:
+        """ĝ at the method's own perturbation of the probe; averages that a method keeps start afresh here.
+
+        None where that perturbation is no function of the gradient: Momentum-SAM, and masks by Fisher information.
+        """
         engine = self.trainer.two_pass
+        rules = engine.method.build()
+        if rules.second_pass.interval is None or rules.per_example:
+            return None
         named = {stable_name(n): t for n, t in objective.named(g).items()}
         targets = {n: t for n, t in named.items() if n in engine.perturbed}
         w = {stable_name(n): t for n, t in objective.weights().items() if stable_name(n) in targets}
-        at = StepContext(engine.space, w, named, length(g), rho)
-        u = engine.method.build().ascent(targets, at)
+        u = rules.ascent(targets, StepContext(engine.space, w, named, length(g), rho))
         return objective.gradient(
             objective.flat({n: u[stable_name(n)] for n in objective.params if stable_name(n) in u}) * rho
         )
 
     def _rho(self) -> float:
-        """ρ of the next perturbed step; 0 with a stock optimizer."""
-        trainer, args = self.trainer, self.trainer.args
-        if trainer.two_pass is None:
+        """ρ of the next perturbed step, or of the last where none is left; 0 with a stock optimizer."""
+        if self.trainer.two_pass is None:
             return 0.0
-        scheduler, state = trainer.lr_scheduler, trainer.state
-        share = scheduler.get_last_lr()[0] / (scheduler.base_lrs[0] or 1.0)
-        factor = rho_factor(args.rho_scheduler_type, state.max_steps)(state.global_step, share)
-        return checked_rho(args.rho, args.method()) * factor
+        step, end = self.trainer.state.global_step, self.trainer.state.max_steps
+        radii = map(self.trainer.rho_at, chain(range(step, end), reversed(range(step))))
+        return next(filter(None, radii), 0.0)
 
     def _loss(self, model: torch.nn.Module, batch: dict[str, Any]) -> Tensor:
         return self.trainer.compute_loss(model, batch)
@@ -159,8 +162,8 @@ class SharpnessCallback(TrainerCallback):
         set_seed(self.trainer.args.seed)
         probe, found = [], 0
         for batch in self.trainer.get_train_dataloader():
-            probe.append(split_rows(batch, self.probe_rows - found)[0])
-            found += rows(probe[-1])
+            probe.append(split(batch, self.probe_rows - found)[0])
+            found += batch_size(probe[-1])
             if found >= self.probe_rows:
                 break
         return probe

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from ..engine.ranks import SCOPES
+from ..hub.redaction import masked
 from ..methods import METHODS, Method, get_method
 from ..methods.method import checked_rho
 from ..methods.options import parse_optim_args
@@ -184,6 +185,10 @@ class SSAMArgumentsMixin:
                 UserWarning,
                 stacklevel=5,
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the parent's, which trackers log and callbacks write; it hides tokens, this hides every secret field."""
+        return masked(super().to_dict(), lambda name: f"<{name.upper()}>")
 
     def check_ssam(self) -> None:
         """Refuse what cannot work, naming the argument and the way out.

@@ -45,7 +45,9 @@ from tests.support.cases import (
     resnet,
     text_data,
     trained,
+    weights,
 )
+from tests.support.sample_ids import LOADERS, ausam
 
 SSAM, SAM = Case("ssam"), Case("sam")
 ADAMW = {"base_optim": "adamw_torch", "weight_decay": 0.1}
@@ -203,6 +205,12 @@ def batch_norm(scope: str, folder: Path) -> dict[str, Any]:
     }
 
 
+def told_of_samples(loader: dict[str, bool], folder: Path) -> dict[str, Any]:
+    """Which samples each micro-batch was told that it holds, and what it holds."""
+    trainer = ausam(accelerator_config=loader, per_device_train_batch_size=4)
+    return {"ids": trainer.ids, "rows": trainer.rows, "weights": weights(trainer.model)}
+
+
 SCENARIOS: dict[str, Scenario] = {
     **{
         f"equal/{scope}/{case.id}/{optim}": lambda folder, s=scope, c=case, o=optim: ran(
@@ -264,6 +272,7 @@ SCENARIOS: dict[str, Scenario] = {
     "uneven": uneven,
     "static_graph": static_graph,
     "evaluated": evaluated,
+    **{f"sample_ids/{name}": partial(told_of_samples, loader) for name, loader in LOADERS.items()},
     **{f"batch_norm/{scope}": partial(batch_norm, scope) for scope in SCOPES},
     **{
         f"resume/{scope}": lambda folder, s=scope: resumed(

@@ -16,6 +16,7 @@ from tests.distributed.references import trained
 from tests.distributed.scenarios import SCOPES, base_optimizers, ran, rounding, total_skipped, without, works
 from tests.support.cases import CASES, MAIN_CASES, Case, assert_close, assert_identical, bert, gpt2, lm_data, text_data
 from tests.support.reference import REFERENCES, flat
+from tests.support.sample_ids import DATA, LOADERS
 
 pytestmark = pytest.mark.distributed
 
@@ -210,3 +211,15 @@ def test_resume_is_exact(ddp: Runs, scope):
             assert_identical(halves["optimizer"][index], state)
         assert torch.equal(halves["rng"], straight["rng"])
         assert halves["log"][-2] == straight["log"][-2]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_sample_ids_belong_to_their_rows_on_every_rank(ddp: Runs, loader):
+    """Also where one rank reads the batches and sends the others theirs."""
+    first, second = ddp[f"sample_ids/{loader}"]
+    for rank in (first, second):
+        for ids, rows in zip(rank["ids"], rank["rows"], strict=True):
+            assert torch.equal(rows, torch.stack([DATA[i]["input_ids"] for i in ids.tolist()]))
+    assert all(not set(a.tolist()) & set(b.tolist()) for a, b in zip(first["ids"][:2], second["ids"][:2], strict=True))
+    assert set(torch.cat(first["ids"] + second["ids"]).tolist()) == set(range(len(DATA)))
+    assert_identical(first["weights"], second["weights"])

@@ -27,7 +27,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-import efficientnet_lite0
+from support import efficientnet_lite0
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WORDS = ["[PAD]", "[UNK]", "[END]", "who", "where", "is", "bach", "peru", "a", "person", "place"]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from cli import ExampleParser, UsageError, run
 from hf_ssam import SSAMTrainingArguments
+from support.cli import ExampleParser, UsageError, run
 
 
 def parse(*argv):

@@ -15,13 +15,11 @@ import yaml
 from scipy import stats
 
 import compare_methods
-import comparison
-import comparison_plots
-from cli import UsageError
-from comparison import Outcome, Run, against, interval, outcome
-from tests.examples.scripts import ROOT
+from support import comparison, comparison_plots
+from support.cli import UsageError
+from support.comparison import Outcome, Run, against, interval, outcome
+from support.metrics import METRICS
 
-METRICS = ROOT / "examples" / "metrics"
 PLAN = {
     "title": "A test",
     "script": "a_fake_script",

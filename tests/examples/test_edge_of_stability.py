@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import edge_of_stability
-from cli import UsageError
+from support.cli import UsageError
 
 
 def test_a_short_run_and_its_table_again(tmp_path, capsys):

@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-import efficientnet_lite0
-import offline
-import offline_models
+from support import efficientnet_lite0, offline, offline_models
 
 STAGES = ((1, 3, 1), (2, 3, 2), (2, 5, 2), (3, 3, 2), (3, 5, 1), (4, 5, 2), (1, 3, 1))
 """Blocks, kernel size and stride of each stage: EfficientNet-B0's (Tan and Le 2019, arXiv 1905.11946, Table 1)."""

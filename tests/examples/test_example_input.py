@@ -12,15 +12,14 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, BertConfig, BertForTokenClassification, LlamaConfig, LlamaForCausalLM
 
-import offline
-import offline_tasks
 import run_clm
 import run_image_classification
 import run_sft
 import run_summarization
 import run_token_classification
-from cli import UsageError
 from hf_ssam import SSAMTrainer
+from support import offline, offline_tasks
+from support.cli import UsageError
 
 SENTENCES = {"tokens": [["who", "is", "bach"], ["where", "is", "peru"]] * 8, "ner_tags": [["O", "O", "B-X"]] * 16}
 
@@ -77,7 +76,7 @@ def test_image_folders_that_cannot_work(tmp_path):
         pictures(tmp_path / "pets", "cat/1.png", "dog/2.png"),
         pictures(tmp_path / "o", "cat/3.png", "eel/4.png"),
     )
-    refused(main, "--train_dir", pets, "--validation_dir", other, *out, says="class 'eel', which the train data")
+    refused(main, "--train_dir", pets, "--validation_dir", other, *out, says="label 'eel', which the train data")
     refused(main, "--train_dir", pets, "--label_column_name", "kind", *out, says="no labels in column 'kind'")
     refused(main, "--train_dir", pets, "--image_column_name", "photo", *out, says="no images in column 'photo'")
     refused(
@@ -173,8 +172,8 @@ def test_the_perplexity_is_logged_before_and_after_training(tmp_path, tiny):
 
 def test_the_first_token_of_a_word_has_its_tag(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    encode = run_token_classification.encoder(tokenizer, run_token_classification.TokenArguments(), ["B", "O"])
-    encoded = encode({"tokens": [["who", "admires", "gymnophobia"]], "ner_tags": [["O", "O", "B"]]})
+    encode = run_token_classification.encoder(tokenizer, run_token_classification.TokenArguments())
+    encoded = encode({"tokens": [["who", "admires", "gymnophobia"]], "ner_tags": [[1, 1, 0]]})
     tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"][0])
     kept = [(token, tag) for token, tag in zip(tokens, encoded["labels"][0], strict=True) if tag != -100]
     assert kept == [("who", 1), ("admire" if "admire" in tokens else "admires", 1), ("gym", 0)]

@@ -47,6 +47,7 @@ def test_the_model_and_its_card_arrive(pushed, script):
     for path, content in repo.files.items():
         if path != ".gitattributes":
             assert content == (folder / script / path).read_bytes(), path
+    assert (folder / script / "_data.json").is_file() and "_data.json" not in repo.files
     card = ModelCard(repo.files["README.md"].decode())
     assert {"ssam", "sharpness-aware-minimization"} <= set(card.data.tags)
     assert f"{script}.py" in card.text and "--push_to_hub" in card.text

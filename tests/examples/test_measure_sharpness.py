@@ -12,10 +12,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from transformers import BertTokenizerFast, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 import measure_sharpness
-import probes
-import resident
-from cli import UsageError
 from hf_ssam.sharpness import Objective, top_eigenvalues
+from support import probes, resident
+from support.cli import UsageError
 from tests.support.cases import bert, gpt2
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "##a"]
@@ -49,7 +48,9 @@ def test_the_table_holds_the_librarys_numbers(folder, capsys):
     expected = top_eigenvalues(bert(seed=1), dict(batch), k=2).values
     assert rows[0]["eigenvalues"] == pytest.approx(expected, rel=1e-2)
     printed = capsys.readouterr().out
-    assert f"| first | all trainable | {rows[0]['n']:,} |" in printed
+    data = f"{folder.name}/data, train"
+    assert f"| first | {data} | all trainable | {rows[0]['n']:,} |" in printed
+    assert f"measured on up to 32 rows of {data}" in printed
     assert json.loads((folder / "out" / "sharpness.json").read_text())[1]["loss"] == rows[1]["loss"]
 
 
@@ -133,5 +134,5 @@ def test_what_cannot_be_measured(folder, tmp_path):
         measured(folder, "--text_column", "words")
     bert(labels=2).save_pretrained(tmp_path)
     BertTokenizerFast.from_pretrained(folder / "first").save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="label 2 of the data is none of the model's 2 labels"):
+    with pytest.raises(UsageError, match="has the label 'z', which .* does not know"):
         measured(folder, models=(tmp_path,))

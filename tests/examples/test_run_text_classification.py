@@ -13,10 +13,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 from transformers import pipeline as make_pipeline
 
-import offline
 import run_text_classification
-import sources
-from cli import UsageError
+from support import offline, sources
+from support.cli import UsageError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "run_text_classification.py"

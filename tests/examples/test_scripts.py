@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import pipeline as make_pipeline
 
-import offline
+from support import offline
 from tests.examples.scripts import ROOT, TASKS, run_script
 
 SHORT = ["--max_steps", 2, "--max_train_samples", 24, "--max_eval_samples", 8, "--logging_steps", 1]
@@ -82,9 +82,11 @@ def test_supervised_fine_tuning(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_bare_loop_counts_each_batch_once():
-    out = run_script("train_loop_torch.py", "--steps", 3)
-    assert "results after 3 steps: accuracy" in out and "batches that BatchNorm counted: 3" in out
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_bare_loop_counts_each_batch_once(accumulate):
+    out = run_script("train_loop_torch.py", "--steps", 3, "--accumulate", accumulate)
+    counted = f"batches that BatchNorm counted: {3 * accumulate}"
+    assert "results after 3 steps: accuracy" in out and counted in out
     assert "passes 2" in out
 
 

@@ -12,28 +12,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from tests.support.hub_server import TOKEN, HubStandIn, Repository
+from tests.support.hub_client import Client
+from tests.support.hub_server import HubStandIn, Repository
 
-ROOT = Path(__file__).parents[2]
 STATE = {"ssam_state.json"}
 STEPS = ["--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "4"]
 RUN = ["--use_cpu", "--disable_tqdm", "True", "--report_to", "tensorboard", *STEPS]
 PUSH = ["--push_to_hub", "--hub_always_push", *RUN]
-
-
-class Client:
-    """Runs programs whose Hub is `hub`; `home` keeps their caches."""
-
-    def __init__(self, hub: HubStandIn, home: Path, token: str | None = TOKEN):
-        outside = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        self.home, self.env = home, {**outside, "PYTHONPATH": paths, **hub.client_env(str(home / "cache"), token)}
-
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, cwd=self.home, env=self.env, capture_output=True, text=True, timeout=600)
-
-    def script(self, *argv: str) -> subprocess.CompletedProcess[str]:
-        return self.run(sys.executable, str(ROOT / "tests" / "support" / "hub_run.py"), *argv)
 
 
 def said(done: subprocess.CompletedProcess[str], word: str) -> list[str]:

@@ -15,9 +15,12 @@ from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCau
 
 from hf_ssam import METHODS, SSAMArgumentsMixin, SSAMTrainerMixin, SSAMTrainingArguments, get_method
 from hf_ssam.hub.card_facts import PlainRun, compute_cost, evaluations, plain_run, public_base_model, sharpness_rows
-from hf_ssam.hub.command_line import cleaned, repeat_command, wrapped
-from hf_ssam.hub.model_card import cell
+from hf_ssam.hub.command_line import repeat_command, wrapped
+from hf_ssam.hub.markdown import cell, text
 from hf_ssam.hub.push import explain, later_command, other_content
+from hf_ssam.hub.redaction import cleaned
+from hf_ssam.methods import Method, Paper, register_method
+from hf_ssam.methods.table import _TABLE
 from tests.support.hub_run import tokenizer, trainer
 
 QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 4}
@@ -105,9 +108,26 @@ def test_the_stock_optimizer_gets_the_stock_card(tmp_path):
 def test_every_method_has_a_card_before_it_has_a_log(tmp_path, name):
     run = trainer(arguments(tmp_path / "run", optim=name))
     card = card_of(run)
-    assert METHODS[name].summary in card.text and name in card.data.tags
+    assert text(METHODS[name].summary) in card.text and name in card.data.tags
+    assert ("**Experimental:**" in card.text) is bool(METHODS[name].experimental)
     for paper in (METHODS["ssam"].paper, METHODS[name].paper):
         assert card.text.count(paper.bibtex) == 1
+
+
+def test_a_registered_method_is_on_the_card_with_its_own_citation(tmp_path):
+    paper = Paper("A title", "Last, First", "Journal", 2026, "2601.00001", METHODS["ssam"].paper.key)
+    rules = METHODS["sam"].rules
+    register_method(Method("of_my_own", "SAM again.", rules, 0.05, paper, experimental="read | in a talk only"))
+    run = trainer(arguments(tmp_path / "run", optim="sam"))
+    run.args.optim = "of_my_own"
+    try:
+        card = card_of(run)
+    finally:
+        del _TABLE["of_my_own"]
+    assert "of_my_own" in card.data.tags and "SAM again." in card.text
+    assert "**Experimental:** read \\| in a talk only." in card.text
+    assert paper.bibtex in card.text and METHODS["ssam"].paper.bibtex in card.text
+    assert "[A title](https://arxiv.org/abs/2601.00001)" in card.text
 
 
 def test_a_second_card_says_the_same(trained):
@@ -175,7 +195,7 @@ def test_the_plain_run_is_compared_with(tmp_path, trained):
         run.card_baseline = None
     assert "after, with the plain optimizer |" in text and f"{after['eval_loss']:.4g} | 0.25 |" in text
     assert "| Training time of the plain optimizer (run `adamw`) | 2 s; this run took" in text
-    with pytest.raises(ValueError, match=r"card_baseline: .*no trainer_state.json; call trainer.save_state"):
+    with pytest.raises(ValueError, match=r"card_baseline: .*no trainer_state.json .*; call trainer.save_state"):
         plain_run(tmp_path / "nowhere")
 
 

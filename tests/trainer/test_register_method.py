@@ -8,12 +8,11 @@ import json
 import pytest
 import torch
 import yaml
-from hf_ssam.methods.recipes import Rules
 from transformers import HfArgumentParser, Trainer, TrainingArguments, default_data_collator
 from trl import SFTConfig
 
 from hf_ssam import METHODS, Method, SSAMArgumentsMixin, SSAMTrainer, SSAMTrainingArguments, TwoPass
-from hf_ssam.methods import table
+from hf_ssam.methods import Rules, table
 from hf_ssam.methods.options import Option
 from hf_ssam.rules.ascent import normalize
 from hf_ssam.rules.context import chain
@@ -43,7 +42,7 @@ def sign_sam() -> Method:
 def registered():
     """The method, in the live table for one test."""
     yield table.register_method(sign_sam())
-    del table._BY_NAME[NAME]
+    del table._TABLE[NAME]
 
 
 @dataclasses.dataclass(repr=False)

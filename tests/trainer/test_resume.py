@@ -219,6 +219,14 @@ def test_vectors_of_other_parameters_are_refused(tmp_path: Path):
         load_state(tmp_path, params)
 
 
+def test_vectors_of_another_shape_are_refused(tmp_path: Path):
+    params = dict(bert(labels=3).named_parameters())
+    save_state(tmp_path, SETTINGS, {"memory": {"m": dict(params)}, "steps": 1, "elapsed": 1}, True, 2.0)
+    said = r"of shape \(3,\) for `classifier.bias`, which this model has with shape \(4,\); resume with the model"
+    with pytest.raises(ValueError, match=said):
+        load_state(tmp_path, {**params, **dict(bert(labels=4).named_parameters())})
+
+
 # --------------------------------------------------------------------------------------------------------- kill -9
 
 
@@ -252,14 +260,13 @@ def test_a_process_killed_while_saving_goes_on_from_the_last_whole_checkpoint(tm
     assert is_whole(half), "the run wrote it anew"
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut short", "empty"])
+@pytest.mark.parametrize("damage", ["missing", "cut short", "empty", "nested"])
 def test_half_a_checkpoint_is_told_from_a_whole_one(tmp_path: Path, damage: str):
     whole = Path(ended(case_arguments(Case("ssam"), **SAVED)).args.output_dir)
     state = whole / "checkpoint-4" / "trainer_state.json"
     text = state.read_text()
-    state.unlink() if damage == "missing" else state.write_text(
-        text[: len(text) // 2] if damage == "cut short" else ""
-    )
+    spoiled = {"cut short": text[: len(text) // 2], "empty": "", "nested": "[" * 100_000}
+    state.unlink() if damage == "missing" else state.write_text(spoiled[damage])
     assert last_whole_checkpoint(whole) == (whole / "checkpoint-2", [whole / "checkpoint-4"])
     shutil.rmtree(whole / "checkpoint-2")
     with pytest.raises(ValueError, match="checkpoint-4 is half-written; start a new run"):

@@ -10,6 +10,9 @@ from hf_ssam import SSAMTrainer
 from hf_ssam.sharpness import Objective, edge_of_stability, top_eigenvalues
 from hf_ssam.trainer.sharpness_callback import SharpnessCallback
 from tests.support.cases import (
+    ONE_PASS_CASES,
+    OWN_OPTIMIZER_CASES,
+    Case,
     arguments,
     assert_identical,
     bert,
@@ -73,6 +76,42 @@ def test_every_method_can_be_watched(case):
     _, _, entries = measured(bert(), case_arguments(case, sharpness_steps=1, max_steps=1), text_data(16))
     assert 0 <= entries[0]["sharpness/ascent_grad_alignment"] <= 1 + 1e-6
     assert entries[0]["sharpness/products"] <= 60
+
+
+REST = (
+    *(Case("sparse_sam", {"mask": mask}) for mask in ("fisher", "dynamic")),
+    *ONE_PASS_CASES[:1], *OWN_OPTIMIZER_CASES, Case("esam"), Case("ausam"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REST, ids=lambda c: c.id)
+def test_ascent_gradient_is_left_out_where_the_gradient_does_not_tell_the_perturbation(case):
+    limits = {"max_products": 4, "trace_samples": 2}
+    _, _, entries = measured(bert(), case_arguments(case, sharpness_steps=1, max_steps=1), text_data(16), **limits)
+    told = case.method != "momentum_sam" and case.options.get("mask") != "fisher"
+    assert [("sharpness/ascent_grad_alignment" in e, e["sharpness/gradients"]) for e in entries] == [
+        (told, 2 if told else 1)
+    ] * 2
+
+
+def test_rho_is_that_of_the_next_perturbed_step():
+    """Perturbed are steps 1 and 4 of 6, with a radius that falls; at the end it is the last one's."""
+    seen = []
+
+    class Watched(SharpnessCallback):
+        def measure(self):
+            seen.append(self._rho())
+
+    args = sgd(max_steps=6, sharpness_steps=1, ascent_start=1, ascent_interval=3, rho_scheduler_type="linear")
+    trainer = SSAMTrainer(model=bert(), args=args, train_dataset=text_data())
+    trainer.callback_handler.callbacks = [
+        c for c in trainer.callback_handler.callbacks if not isinstance(c, SharpnessCallback)
+    ]
+    trainer.add_callback(Watched(trainer))
+    trainer.train()
+    first, second = trainer.rho_at(1), trainer.rho_at(4)
+    assert (first, second) == pytest.approx((0.1 * 5 / 6, 0.1 * 2 / 6))
+    assert seen == [first, first, second, second, second, second, second]
 
 
 def test_ascent_gradient_is_taken_at_the_methods_perturbation():

@@ -1,12 +1,15 @@
 """The model that a run starts from: its flags, and how it is loaded; what cannot work is a `UsageError`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cli import UsageError
+from .cli import UsageError
+from .plan import Plan
 
 
 @dataclass
@@ -57,18 +60,49 @@ def pretrained(loader: Any, path: str, **options: Any) -> Any:
         raise UsageError(f"{path} is neither a local folder nor to be had from the Hub ({reason})") from error
 
 
-def labelled(names: list[str]) -> dict[str, dict]:
-    """What the configuration of a classifier says of the classes `names`."""
-    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+def path_of(model: PlainModelArguments, plan: Plan, offline: Callable[[], Path]) -> str:
+    """Where the model of a classification run is; a run that does not train needs one that was trained before.
+
+    Raises:
+        UsageError: it does not train, and no model is named.
+    """
+    if model.model_name_or_path is None and not plan.trains:
+        asked = min(plan.needs)
+        raise UsageError(f"--do_{asked} without --do_train needs --model_name_or_path: the folder of a trained model")
+    return model.model_name_or_path or str(offline())
 
 
-def with_new_head(loader: Any, path: str, config: PreTrainedConfig, model: PlainModelArguments) -> PreTrainedModel:
-    """The model of `path`, shaped by `config`: a head that is saved in another shape is left out for a new one.
+def classifier(
+    loader: Any, path: str, model: ModelArguments, names: list[str] | None, plan: Plan, **settings: Any
+) -> PreTrainedModel:
+    """The model of `path`, with a head for the classes `names` (one output where None).
+
+    Training takes the head that is saved there if it has the right shape, and a new one otherwise. A run that does not
+    train never gets a new one.
+
+    Args:
+        loader: an auto class.
+        path: the model's folder or name.
+        model: the flags.
+        names: the classes by number; those of the model itself, where the run does not train.
+        plan: what the run is to do.
+        **settings: what to set in its configuration.
 
     Raises:
         UsageError: see `pretrained`.
     """
-    return pretrained(loader, path, config=config, dtype=model.dtype, ignore_mismatched_sizes=True, **model.hub)
+    head = (labelled(names) if names is not None else REGRESSION) if plan.trains else {}
+    config = pretrained(AutoConfig, path, **head, **settings, **model.hub)
+    return pretrained(loader, path, config=config, dtype=model.dtype, ignore_mismatched_sizes=plan.trains, **model.hub)
+
+
+REGRESSION = {"num_labels": 1, "problem_type": "regression"}
+
+
+def labelled(names: list[str]) -> dict[str, Any]:
+    """What the configuration of a classifier says of the classes `names`."""
+    number = {name: i for i, name in enumerate(names)}
+    return {"id2label": dict(enumerate(names)), "label2id": number, "problem_type": None}
 
 
 def tokenizer_for(model: PlainModelArguments, path: str) -> PreTrainedTokenizerBase:

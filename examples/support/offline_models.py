@@ -1,29 +1,24 @@
 """Offline models as folders for ``from_pretrained`` and ``pipeline``, converted once, beside what was fetched."""
 
-import contextlib
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import efficientnet_lite0
-import offline
-from cli import UsageError
-from fetching import cache_dir
+from . import efficientnet_lite0, offline
+from .cli import UsageError
+from .fetching import once
 
 
 def lite0() -> Path:
     """EfficientNet-Lite0 (4.7M parameters, ImageNet weights): a folder with the model and its image processor."""
 
-    def build(folder: Path) -> None:
+    def build(folder: Path, _: Path) -> None:
         original = torch.load(offline.efficientnet_lite0(), weights_only=True)
         efficientnet_lite0.convert(original).save_pretrained(folder)
         efficientnet_lite0.processor().save_pretrained(folder)
 
-    return _once("efficientnet-lite0-converted", build)
+    return once("efficientnet-lite0-converted", build)
 
 
 def smollm2() -> Path:
@@ -33,7 +28,7 @@ def smollm2() -> Path:
         UsageError: the package `gguf` is not installed.
     """
 
-    def build(folder: Path) -> None:
+    def build(folder: Path, _: Path) -> None:
         source = {"pretrained_model_name_or_path": offline.smollm2(), "gguf_file": offline.SMOLLM2_GGUF}
         try:
             tokenizer = AutoTokenizer.from_pretrained(**source)
@@ -46,21 +41,4 @@ def smollm2() -> Path:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    return _once("smollm2-135m-converted", build)
-
-
-def _once(name: str, build: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache; `build` fills it first if it is not there, and it appears by one rename."""
-    target = cache_dir() / name
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
-    try:
-        build(scratch)
-        # A rename onto a folder that is not empty fails: another process was faster, and its copy is as good.
-        with contextlib.suppress(OSError):
-            scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
+    return once("smollm2-135m-converted", build)

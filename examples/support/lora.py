@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from cli import UsageError
+from .cli import UsageError
 
 
 @dataclass

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
-import offline
-from fetching import fetch
+from . import offline
+from .fetching import fetch
 
 NAME_TAGS = ("O", "B-NAME", "I-NAME")
 OTHER_CODES = {

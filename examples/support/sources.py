@@ -10,8 +10,8 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-from cli import UsageError
-from runs import Plan
+from .cli import UsageError
+from .plan import Plan
 
 READERS = {
     ".csv": ("csv", {"keep_default_na": False}),
@@ -45,6 +45,14 @@ class DataArguments:
         is_local = Path(self.dataset_name).exists()
         return {"dataset": Path(self.dataset_name).name} if is_local else hub_data(self.dataset_name)
 
+    @property
+    def origin(self) -> dict[str, str | None]:
+        """What the training data are, as `run_data.RunData` names them; nothing for an offline set."""
+        if self.dataset_name is None:
+            return {}
+        name = absolute(self.dataset_name) if Path(self.dataset_name).exists() else self.dataset_name
+        return {"dataset_name": name, "dataset_config_name": self.dataset_config_name}
+
     def serving(self, raw: DatasetDict) -> dict[str, str]:
         """Which split serves each use: evaluation takes the validation split, or else the test one."""
         only_test = "test" in raw and "validation" not in raw
@@ -70,6 +78,16 @@ class FileArguments(DataArguments):
     def files(self) -> dict[str, str | None]:
         """The file of each split."""
         return {"train": self.train_file, "validation": self.validation_file}
+
+    @property
+    def origin(self) -> dict[str, str | None]:
+        """What the training data are; nothing for an offline set."""
+        return {"file": absolute(self.train_file)} if self.train_file else super().origin
+
+
+def absolute(path: str) -> str:
+    """`path` as it is found from anywhere."""
+    return str(Path(path).absolute())
 
 
 def hub_data(name: str) -> dict[str, str]:

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from comparison import BUDGETS, Outcome
 from hf_ssam.plots.canvas import COLORS, canvas, dress, save
+
+from .comparison import BUDGETS, Outcome
 
 DASHES = ("-", "--", "-.", ":")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 
-from fetching import DebianPackage, Package, fetch, fetch_debian
+from .fetching import DebianPackage, Package, fetch, fetch_debian
 
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TREC_TEST_SIZE = 500

