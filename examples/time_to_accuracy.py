@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cli import run
 from compare_methods import finished, read_plan, train_all
-from comparison import Outcome
-from comparison_plots import look
 from hf_ssam.plots.canvas import canvas, dress, save
+from support.cli import run
+from support.comparison import Outcome
+from support.comparison_plots import look
 
 TARGETS = 20
 """Accuracies between the worst first evaluation and the best one at all."""
