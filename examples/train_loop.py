@@ -6,9 +6,9 @@
 
 MiniLM-L6 learns which of 6 kinds of answer a question wants. What differs from a plain loop is marked: 1, 2, 3.
 
-With `--accumulate n` a step is n micro-batches. The engine gets all of them at once, as a list of functions, because the
-second pass has to see them again; `accelerator.accumulate`, which hides steps inside a loop over single batches, has no
-place here, nor has `Accelerator(gradient_accumulation_steps=n)`, which divides every loss by n once more.
+With `--accumulate n` a step is n micro-batches. The engine gets all of them at once, as a list of functions, because
+the second pass has to see them again; `accelerator.accumulate`, which hides steps inside a loop over single batches,
+has no place here, nor has `Accelerator(gradient_accumulation_steps=n)`, which divides every loss by n once more.
 """
 
 import argparse
@@ -56,9 +56,7 @@ def main(flags: argparse.Namespace) -> None:
     batches = chain.from_iterable(repeat(train))
     for _ in tqdm(range(flags.steps), disable=not accelerator.is_local_main_process):
         window = [partial(forward_backward, batch) for batch in islice(batches, flags.accumulate)]
-        report = two_pass.step(
-            window
-        )  # 3: one call an optimizer step; it leaves `.grad`, and the weights as they were
+        report = two_pass.step(window)  # 3: one call an optimizer step; it leaves `.grad`, and restores the weights
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -3,8 +3,8 @@
     python examples/train_loop_torch.py                     # a few seconds on one core
     python examples/train_loop_torch.py --accumulate 2      # a step of two micro-batches
 
-A small convolutional network learns 2,000 handwritten digits. The engine needs the model and one function, or a list of
-them, one for each micro-batch of the step: it calls each once a pass.
+A small convolutional network learns 2,000 handwritten digits. The engine needs the model and one function, or a list
+of them, one for each micro-batch of the step: it calls each once a pass.
 """
 
 import argparse

@@ -95,8 +95,8 @@ class StepChecks:
         now = named_trainable(self._model)
         for name in sorted(now.keys() - self._known.keys()):
             raise ValueError(
-                f"model: `{name}` requires a gradient and did not when the engine was built; build a new TwoPass after "
-                "unfreezing (a Trainer does whenever training starts)."
+                f"model: `{name}` requires a gradient and did not when the engine was built; build a new TwoPass "
+                "after unfreezing (a Trainer does whenever training starts)."
             )
         for name, p in now.items():
             if p is not self._known[name]:
@@ -164,8 +164,8 @@ def check_backward(grads: Vector) -> None:
     """
     if not grads:
         raise ValueError(
-            "run_pass: no parameter has a gradient after it; let it call `loss.backward()` (or `accelerator.backward`) "
-            "before it returns the loss."
+            "run_pass: no parameter has a gradient after it; let it call `loss.backward()` (or "
+            "`accelerator.backward(loss)`) before it returns the loss."
         )
 
 

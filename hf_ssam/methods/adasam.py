@@ -61,7 +61,7 @@ class AdaSAM(torch.optim.Optimizer):
         if not (lr >= 0 and holds and weight_decay >= 0 and all(0 <= b < 1 for b in betas)):
             raise ValueError(
                 f"AdaSAM: lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay} are not allowed together; "
-                "choose lr and weight_decay from 0, eps from 1.1e-19 and betas from 0 to below 1, such as the defaults."
+                "choose lr and weight_decay from 0, eps from 1.1e-19, betas from 0 to below 1, such as the defaults."
             )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 

@@ -55,8 +55,8 @@ def look(alpha: float) -> Rule:
 def layerwise(by_weight: bool) -> Rule:
     """Each tensor by itself: `u_l = ‖w_l‖ v_l / ‖v_l‖`, or without `‖w_l‖`. A layer here is a parameter tensor.
 
-    Public code has the plain one (NVIDIA PhysicsNeMo), from memory the paper has the weighted one, as LARS and LAMB do,
-    and one public re-implementation has `min(20, ‖w_l‖/‖g_l‖) g_l/‖g‖`.
+    Public code has the plain one (NVIDIA PhysicsNeMo), from memory the paper has the weighted one, as LARS and LAMB
+    do, and one public re-implementation has `min(20, ‖w_l‖/‖g_l‖) g_l/‖g‖`.
 
     Args:
         by_weight: whether `‖w_l‖` enters: ρ is then relative to each tensor, and a tensor of zeros stays where it is.

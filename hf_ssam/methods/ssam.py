@@ -2,9 +2,9 @@
 
     e = ρ g/‖g‖        ĝ = ∇L(w + e)        d = γ ĝ,  γ = ‖g‖/‖ĝ‖
 
-The gradient at `w + e` keeps the direction it found and takes back the length of the gradient at `w`. Plain SAM shrinks
-or blows up the step as it looks further away; SSAM keeps it, and with it the range of learning rates in which training
-is stable. The rule is `rules.descent.renormalize`, which `renormalize=true` adds to any other method.
+The gradient at `w + e` keeps the direction it found and takes back the length of the gradient at `w`. Plain SAM
+shrinks or blows up the step as it looks further away; SSAM keeps it, and with it the range of learning rates in which
+training is stable. The rule is `rules.descent.renormalize`, which `renormalize=true` adds to any other method.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ METHOD = Method(
         "normalize": Option(True, "e = ρ g/‖g‖; false gives e = ρ g, the form of the SSAM paper"),
         "adaptive": Option(
             False,
-            "the geometry of ASAM: T = |w| + η; ρ is then 0.5 unless you say otherwise; γ stays the ratio of the plain "
-            "norms, where the official code weights them by |w|",
+            "the geometry of ASAM: T = |w| + η; ρ is then 0.5 unless you say otherwise; γ stays the ratio of the "
+            "plain norms, where the official code weights them by |w|",
             rho=0.5,
         ),
         "eta": replace(ETA, only_if=("adaptive", (True,))),

@@ -62,7 +62,7 @@ class MethodState:
         self._staged[PLAIN] = {**self._staged.get(PLAIN, {}), **tensors}
 
     def stage_rows(self, name: str, rows: Tensor, values: Tensor) -> None:
-        """Leave `values`, shape (K,), in the entries `rows` of a plain tensor that is there: the others stay as are."""
+        """Leave `values`, shape (K,), in the entries `rows` of a plain tensor that is there; the others stay."""
         self._staged_rows[name] = (rows, values)
 
     def plain(self, name: str) -> Tensor | None:

@@ -142,6 +142,6 @@ def added(u: Vector, v: Vector, factor: float | Tensor = 1.0) -> Vector:
 
 
 def move(w: Vector, u: Vector, distance: float, spent: bool = False) -> None:
-    """`w ← w + distance · u` in place, over the names of `u`; the tensors of a `spent` direction may be overwritten."""
+    """`w ← w + distance · u` in place, over the names of `u`; a `spent` direction may be overwritten."""
     tensors, factor = parts(u)
     add_([w[n] for n in tensors], list(tensors.values()), factor * distance, spent)

@@ -62,8 +62,8 @@ class SSAMArgumentsMixin:
             model takes `num_items_in_batch` and ignores it, with a stock `optim` too; a stock Trainer takes such a
             loss for a share of the batch, and its gradient is `accumulation × processes` times too large.
         offload_snapshot (`bool`, defaults to `False`): keep the copy of the weights in host memory.
-        free_snapshot (`bool`, defaults to `False`): give the memory of that copy back after each step. On the CPU it is
-            kept otherwise, since fresh memory costs more than ten copies.
+        free_snapshot (`bool`, defaults to `False`): give the memory of that copy back after each step. On the CPU it
+            is kept otherwise, since fresh memory costs more than ten copies.
         sharpness_steps (`int`, *optional*): measure the curvature every n steps.
     """
 
