@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from hf_ssam import SSAMTrainer, TwoPass, get_method
 from hf_ssam.methods import Method, Rules
 from hf_ssam.rules.context import StepContext
-from hf_ssam.rules.vectors import Vector
+from hf_ssam.rules.tensors import Vector
 from tests.distributed.launching import Scenario, main
 from tests.distributed.loops import narrow, own_batches, squared
 from tests.distributed.scenarios import (
