@@ -224,7 +224,9 @@ class TwoPass:
             RuntimeError: if no step has begun, or none of its first passes has run.
         """
         if not (self._reports or self.is_open and self._window.records):
-            raise RuntimeError("finish: no first pass has run; call begin and first_pass before, or step alone.")
+            raise RuntimeError(
+                "finish: no step has begun; call begin first, and first_pass for each micro-batch, or step alone."
+            )
         with self._abandoned_on_error():
             reports = self._reports or [self._close(self._window)]
             self.ranks.average()
