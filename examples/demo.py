@@ -7,7 +7,6 @@ empties first. Its figures are read from where the Trainer writes them; only the
 optimizer, is measured here.
 """
 
-import json
 import shutil
 import statistics
 import sys
@@ -20,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import run_text_classification
 from hf_ssam import TwoPass
+from hf_ssam.run_folder import read_run
 from support import offline
 from support.cli import run
 
@@ -35,8 +35,7 @@ def main() -> None:
     shutil.rmtree(OWN_FOLDER, ignore_errors=True)
     results = run_text_classification.main([str(CONFIG), "--output_dir", str(OWN_FOLDER), *sys.argv[1:]])
     folder = Path(results["output_dir"])
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    before = next(entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry)
+    before = next(entry["eval_accuracy"] for entry in read_run(folder).log if "eval_accuracy" in entry)
     plain, ssam = step_seconds(folder)
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python

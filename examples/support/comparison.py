@@ -1,6 +1,5 @@
 """The outcomes of a comparison, read from the folders of its runs, and their tables."""
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -9,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy import stats
+
+from hf_ssam.run_folder import RESULTS, TRAINER_STATE, read_run
 
 BUDGETS = {"epochs": "equal epochs", "gradients": "equal numbers of gradients"}
 
@@ -60,11 +61,10 @@ class Outcome:
 
 def outcome(folder: Path, run: Run, metric: str) -> Outcome | None:
     """The outcome in `folder`, or None where the run did not finish; it writes its results last."""
-    if not (folder / "all_results.json").is_file() or not (folder / "trainer_state.json").is_file():
+    if not (folder / RESULTS).is_file() or not (folder / TRAINER_STATE).is_file():
         return None
-    results = json.loads((folder / "all_results.json").read_text())
-    state = json.loads((folder / "trainer_state.json").read_text())
-    log, steps = state["log_history"], state["global_step"]
+    found = read_run(folder)
+    results, log, steps = found.results, found.log, found.steps
     counted = [(0, 0.0), *((e["step"], e["ssam/total_passes"]) for e in log if "ssam/total_passes" in e)]
     if len(counted) == 1:
         counted.append((steps, float(steps)))  # a stock optimizer takes one pass a step

@@ -7,6 +7,8 @@ from pathlib import Path
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_ssam.run_folder import TRAINER_STATE
+
 from .cli import UsageError
 
 
@@ -75,6 +77,6 @@ def _checkpoint(args: TrainingArguments) -> str | None:
 
 def _refuse_other_run(folder: Path) -> None:
     unfinished = folder.is_dir() and get_last_checkpoint(folder)
-    if unfinished or (folder / "trainer_state.json").is_file():
+    if unfinished or (folder / TRAINER_STATE).is_file():
         way = "go on with it by --resume_from_checkpoint true, or " if unfinished else ""
         raise UsageError(f"--output_dir {folder} holds another run: {way}give another folder, or remove this one")

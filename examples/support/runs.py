@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import Trainer
 
+from hf_ssam.run_folder import RESULTS
+
 from .run_data import RunData
 
 COSTS = ("_time", "_runtime", "_per_second", "_num_tokens")
@@ -68,7 +70,7 @@ def conclude(trainer: Trainer, results: dict[str, float], **card: Any) -> dict[s
 def _report(trainer: Trainer, results: dict[str, float]) -> None:
     """Print the results line, and write ``all_results.json``; a run that only evaluates keeps what training wrote."""
     folder = Path(trainer.args.output_dir)
-    path = folder / "all_results.json"
+    path = folder / RESULTS
     before = json.loads(path.read_text()) if path.is_file() and not trainer.args.do_train else {}
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**before, **results}, indent=2, sort_keys=True) + "\n")

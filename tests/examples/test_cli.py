@@ -40,7 +40,7 @@ def test_a_value_in_the_file_is_read_as_the_flag_would_be(config):
         (["--rhoo", "1"], "unknown flag --rhoo: did you mean --rho?"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
         (["--rho", "-1"], "rho"),
-        (["--optim", "ssma"], "invalid choice: 'ssma'"),
+        (["--optim", "ssma"], "there is no `ssma`; did you mean `ssam`?"),
         (["no.yaml"], "there is no configuration file no.yaml"),
     ],
 )
