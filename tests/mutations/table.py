@@ -1,0 +1,154 @@
+"""What is broken on purpose: where, how, and who has to notice; one line an entry."""
+
+# ruff: noqa: E501
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One change of one place.
+
+    Attributes:
+        file: below `hf_ssam`.
+        why: what goes wrong then.
+        old: stands there exactly once.
+        new: what it becomes.
+        tests: files or test ids of which one has to fail.
+        equivalent: why no test can notice it; empty where one can.
+    """
+
+    file: str
+    why: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    equivalent: str = ""
+
+
+NOT_FINITE = ("tests/engine/test_not_finite.py",)
+SHARES = ("tests/engine/test_micro_batch_shares.py",)
+KEPT = ("tests/methods/test_kept_state.py",)
+VECTORS = ("tests/rules/test_vectors.py",)
+MASKS = ("tests/rules/test_masks.py",)
+DESCENT = ("tests/rules/test_descent.py", "tests/rules/test_orthogonal.py")
+ADAPTIVE = ("tests/rules/test_adaptive.py",)
+AUTOCAST = ("tests/engine/test_autocast_cache.py",)
+TWO_PASS = "tests/engine/test_two_pass.py::"
+REFERENCE = (TWO_PASS + "test_every_method_follows_its_float64_reference",)
+PRECISION = ("tests/engine/test_precision.py::test_an_overflow_leaves_the_methods_state_untouched",)
+SAMPLES = ("tests/engine/test_per_sample.py", "tests/engine/test_labels.py")
+BATCHES = ("tests/engine/test_batches.py",)
+SELECTION = (
+    "tests/engine/test_selection.py::test_exactly_as_many_are_kept_also_on_ties",
+    "tests/engine/test_selection.py::test_losses_are_compared_under_the_same_dropout",
+    "tests/engine/test_selection.py::test_a_look_draws_what_the_call_drew_and_leaves_no_trace",
+    "tests/engine/test_selection.py::test_risen_and_unseen_samples_are_drawn_more_often",
+)
+REPLAY = ("tests/engine/test_replay.py",)
+SCHEDULES = (
+    "tests/trainer/test_schedules.py::test_ascent_steps_count_from_the_first",
+    "tests/trainer/test_schedules.py::test_the_first_ascent",
+    "tests/trainer/test_schedules.py::test_a_ratio_is_the_nearest_step",
+    "tests/trainer/test_schedules.py::test_rho_follows_the_share_of_the_first_groups_own_rate",
+)
+CHECKPOINTS = ("tests/trainer/test_checkpoints.py::test_checkpoints_are_sorted_by_step",)
+VECTOR_FILES = ("tests/trainer/test_vector_files.py",)
+IDS = ("tests/trainer/test_sample_ids.py",)
+DOUBLE = ("tests/sharpness/test_double_backward.py",)
+SHARP = "tests/sharpness/test_sharpness.py::"
+OBJECTIVE = (SHARP + "TestObjective::test_batches_of_unequal_size_are_one_mean",)
+RISE = (SHARP + "TestAscentSharpness",)
+EDGES = (SHARP + "TestEdges",)
+CALLBACK = ("tests/trainer/test_sharpness_callback.py::test_rho_is_that_of_the_next_perturbed_step",)
+LEFT_OUT = (
+    "tests/trainer/test_sharpness_callback.py::test_ascent_gradient_is_left_out_where_the_gradient_does_not_tell_the_perturbation",
+)
+
+# fmt: off
+RULES = (
+    Mutation("rules/vectors.py", "a sum over the names of both alone", "sums else u[n] for n in u}, **rest}", "sums else u[n] for n in u}}", VECTORS),
+    Mutation("rules/space.py", "gradients that later micro-batches lack are lost", "self.params[name].grad = earlier[name]", "pass", SHARES),
+    Mutation("rules/space.py", "a gradient written beside the one that is there", "torch._foreach_copy_([present[n] for n in moved], [tensors[n] for n in moved])", "pass", VECTORS + DESCENT),
+    Mutation("rules/ascent.py", "T on names that are `weight` alone", '"weight" in n]', 'n.rsplit(".", 1)[-1] == "weight"]', ADAPTIVE),
+    Mutation("rules/ascent.py", "no epsilon under the norm", "1.0 / (context.norm(v) + EPS))", "1.0 / context.norm(v))", (TWO_PASS + "test_a_zero_gradient_stays_zero",)),
+    Mutation("rules/descent.py", "γ without its limit", "max=max_scale)", "max=math.inf)", ("tests/rules/test_renormalize.py",)),
+    Mutation("rules/descent.py", "rounding noise taken for a direction", "> _rounding(v, context))", "> 0 * _rounding(v, context))", DESCENT),
+    Mutation("rules/descent.py", "the noise of the coarsest tensor for all", "for t in parts(v)[0].values()], dtype=norms.dtype)", "for t in parts(v)[0].values()], dtype=norms.dtype).amax()", DESCENT),
+    Mutation("rules/context.py", "an average that starts at zero", "copied({n: v[n] for n in v if n not in before})", "scaled({n: v[n] for n in v if n not in before}, 0.0)", REFERENCE),
+    Mutation("rules/masks.py", "names that come later have no mask", "or any(n not in mask for n in v):", "or not mask:", KEPT),
+    Mutation("rules/masks.py", "an overflow at the first refresh turns the ascent off", "mask[n] | unknown.to(mask[n].device)", "mask[n]", MASKS),
+    Mutation("rules/masks.py", "ties beyond the count", "(place <= room.to(place.device))", "(place <= room.to(place.device) + 1)", MASKS),
+    Mutation("rules/selection.py", "7.000000000000001 is eight samples", "math.ceil(round(share * size, 9))", "math.ceil(share * size)", SELECTION),
+    Mutation("rules/state.py", "what a spoiled step staged is kept", "return new if known else", "return new if True else", PRECISION),
+    Mutation("rules/state.py", "one micro-batch's overflow takes nothing back", "if commits > 1:", "if commits > 2:", PRECISION),
+)
+
+METHODS = (
+    Mutation("methods/friendly_sam.py", "σ before the first average", "sigma * context.state.filled(\"average\")", "sigma", KEPT),
+    Mutation("methods/momentum_sam.py", "the norm of all of the momentum", "restricted(context.state.read(\"momentum\"), context.w)", "context.state.read(\"momentum\")", KEPT),
+    Mutation("methods/momentum_sam.py", "momentum of a parameter that came later", "**copied(new)}", "}", KEPT),
+    Mutation("methods/looksam.py", "no epsilon under a layer's norm", "1.0 / (norms + EPS), 0.0)", "1.0 / norms, 0.0)", KEPT),
+    Mutation("methods/looksam.py", "a second pass at other steps", "second_pass=every(k)", "second_pass=every(k + 1)", REFERENCE),
+    Mutation("methods/ausam.py", "a sample drawn twice counts once", "times, total = same.sum(1), same @ rises.float()", "times, total = torch.ones_like(same[0]), rises.float()", KEPT),
+    Mutation("methods/ausam.py", "samples never seen are drawn least", "torch.where(seen & (span > 0), (mean - low) / span, 1.0)", "torch.where(seen & (span > 0), (mean - low) / span, 0.0)", SELECTION),
+    Mutation("methods/esam.py", "a random part that is not unbiased", "1.0 / beta)", "1.0)", ("tests/methods/test_trajectories.py",)),
+)
+
+ENGINE = (
+    Mutation("engine/gradients.py", "a second pass overlooks the loss", "all_finite(window.loss, ascent_loss, context.grad_norm, ascent_grad_norm)", "all_finite(ascent_loss, context.grad_norm, ascent_grad_norm)", NOT_FINITE),
+    Mutation("engine/gradients.py", "a second pass overlooks the ascent loss", "all_finite(window.loss, ascent_loss, context.grad_norm, ascent_grad_norm)", "all_finite(window.loss, context.grad_norm, ascent_grad_norm)", NOT_FINITE),
+    Mutation("engine/gradients.py", "a second pass overlooks the ascent norm", "all_finite(window.loss, ascent_loss, context.grad_norm, ascent_grad_norm)", "all_finite(window.loss, ascent_loss, context.grad_norm)", NOT_FINITE),
+    Mutation("engine/gradients.py", "one pass overlooks the loss", "self._agreed(all_finite(window.loss, context.grad_norm))", "self._agreed(all_finite(context.grad_norm))", NOT_FINITE),
+    Mutation("engine/gradients.py", "no radius overlooks the loss", "~self._agreed(all_finite(window.loss, grad_norm)))", "~self._agreed(all_finite(grad_norm)))", NOT_FINITE),
+    Mutation("engine/gradients.py", "a GradScaler is not told of a spoiled step", "torch.where(finite, 1.0, torch.nan)", "torch.where(finite, 1.0, 1.0)", NOT_FINITE),
+    Mutation("engine/gradients.py", "all weights move ahead, not the perturbed ones", "w = self.space.weights(self.perturbed)", "w = self.space.weights()", KEPT),
+    Mutation("engine/displacement.py", "the second pass sees stale casts", "move(w, u, rho, spent and self._survival_known)\n            torch.clear_autocast_cache()", "move(w, u, rho, spent and self._survival_known)\n            pass", ("tests/engine/test_precision.py::test_the_second_pass_casts_the_perturbed_weights",)),
+    Mutation("engine/displacement.py", "casts of perturbed weights outlive the step", "self._snapshot = None\n            torch.clear_autocast_cache()", "self._snapshot = None", AUTOCAST),
+    Mutation("engine/window.py", "a micro-batch climbs by its share", "else self.share", "else 1.0", SHARES),
+    Mutation("engine/window.py", "a second pass counts nothing", "r.first + r.second", "r.first", (TWO_PASS + "test_the_report_says_what_happened",)),
+    Mutation("engine/report.py", "one micro-batch's overflow is overlooked", "torch.stack(values(\"skipped\")).any()", "torch.stack(values(\"skipped\")).all()", PRECISION),
+    Mutation("engine/replay.py", "private generators move on", "for generator, private in self._private:", "for generator, private in ():", REPLAY),
+    Mutation("engine/module_state.py", "buffers that a module replaced stay", "if module._buffers[name] is not tensor:", "if False:", REPLAY),
+    Mutation("engine/forward_recorder.py", "a look draws other dropout", "if seen.rng is not None:", "if seen.rng is None:", SELECTION),
+    Mutation("engine/per_sample.py", "a sample without labels is NaN", ".sum(1).clamp(min=1)", ".sum(1)", SAMPLES),
+    Mutation("engine/labels.py", "labels are counted unshifted", "batch[\"labels\"][..., 1:] if", "batch[\"labels\"][..., 0:] if", SHARES + SAMPLES),
+    Mutation("engine/labels.py", "a loss of a model's own is taken for a causal one", "return \"loss_function\" in", "return True or \"loss_function\" in", SAMPLES),
+    Mutation("engine/batches.py", "packed rows are cut as samples", "if len(value) != size:", "if len(value) < 0:", BATCHES),
+)
+
+TRAINER = (
+    Mutation("trainer/loss_counts.py", "a micro-batch's share is that of its samples", "return self._items(run.inputs) * ranks / num_items", "return run.weight / self.current_gradient_accumulation_steps", SHARES),
+    Mutation("trainer/loss_counts.py", "a part counts for its own labels alone", "num_items * self._items(part) / self._items(whole)", "num_items", SHARES),
+    Mutation("trainer/schedules.py", "steps count from the run's first", "(step - start) % interval == 0", "step % interval == 0", SCHEDULES),
+    Mutation("trainer/schedules.py", "a ratio is cut off", "min(round(start * max_steps), max_steps - 1)", "int(start * max_steps)", SCHEDULES),
+    Mutation("trainer/mixin.py", "ρ follows the first rate given, not the group's", "(group.get(\"initial_lr\", self.args.learning_rate) or 1.0)", "self.args.learning_rate", SCHEDULES),
+    Mutation("trainer/step_log.py", "skipped steps are averaged too", "+ torch.where(kept, value, 0.0)", "+ value", ("tests/engine/test_precision.py::test_skipped_steps_stay_out_of_the_averages",)),
+    Mutation("trainer/checkpoints.py", "step 9 comes after step 10", "(int(m.group(1)), p) for p in found", "(m.group(1), p) for p in found", CHECKPOINTS),
+    Mutation("trainer/vector_files.py", "files of two saves are mixed", "if found_id != save_id:", "if False:", VECTOR_FILES),
+    Mutation("trainer/vector_files.py", "a lost shard is not missed", "if read[key] != local(tensor).numel():", "if False:", VECTOR_FILES),
+    Mutation("trainer/sample_ids.py", "every sample is the first", "torch.tensor([row[ID] for row in rows])", "torch.tensor([rows[0][ID] for row in rows])", IDS),
+    Mutation("trainer/sharpness_callback.py", "ρ of this step, perturbed or not", "return next(filter(None, radii), 0.0)", "return next(radii, 0.0)", CALLBACK),
+    Mutation("trainer/sharpness_callback.py", "Momentum-SAM measured along the gradient", "if rules.second_pass.interval is None or rules.per_example:", "if rules.per_example:", LEFT_OUT),
+)
+
+SHARPNESS = (
+    Mutation("sharpness/double_backward.py", "torch's own weight_norm is differentiated", "(_weight_norm if function is torch._weight_norm else function)", "function", DOUBLE),
+    Mutation("sharpness/symmetry.py", "asymmetry is let through", "if found > allowed:", "if False:", DOUBLE),
+    Mutation("sharpness/symmetry.py", "u and v are one", "for seed in (0, 1))", "for seed in (0, 0))", DOUBLE),
+    Mutation("sharpness/objective.py", "a mean of means", "visit(loss, leaves, items / self.total)", "visit(loss, leaves, 1 / 2)", OBJECTIVE),
+    Mutation("sharpness/objective.py", "every pass draws other dropout", "            self._draws.restore()\n", "", (SHARP + "TestObjective",)),
+    Mutation("sharpness/ascent_gap.py", "shards count alike", "rise += share * (", "rise += (", RISE),
+    Mutation("sharpness/ascent_gap.py", "a direction that is no unit vector", "length(scaled).clamp_min(", "length(scaled).clamp_min(1.0 + ", RISE),
+    Mutation("sharpness/edges.py", "SSAM's edge without γ", "factor = self.scale if self.method == \"ssam\" else 1.0", "factor = 1.0", EDGES),
+    Mutation("sharpness/lanczos.py", "the last vector is not taken out", "objective.add_product(q, out.mul_(-beta))", "objective.add_product(q, out.mul_(0.0))", (SHARP + "TestEigenvalues::test_exact_on_a_diagonal_quadratic",)),
+    Mutation("sharpness/probe.py", "an iterator is read once and then empty", "if isinstance(batches, Iterator):", "if False:", (SHARP + "TestRefusals::test_batches_that_can_be_read_once",)),
+)
+
+HUB = (
+    Mutation("hub/push.py", "an adapter over a whole model", "if is_peft_model(model) != (\"adapter_config.json\" in content):", "if False:", ("tests/hub/test_hub.py",)),
+    Mutation("hub/push.py", "the command drops the branch", "words += [\"--revision\", revision] if revision else []", "words += []", ("tests/hub/test_hub.py",)),
+)
+
+MUTATIONS = (*RULES, *METHODS, *ENGINE, *TRAINER, *SHARPNESS, *HUB)
