@@ -8,11 +8,11 @@ from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..methods.method import Method, Rules
 from ..rules.space import ParameterSpace, local
-from ..rules.vectors import Vector
-from .parameters import named_trainable
+from .parameters import stable_name
 from .window import RunPass
 
 
@@ -71,7 +71,8 @@ class StepChecks:
 
     def __init__(self, model: nn.Module, space: ParameterSpace):
         self._model, self._space = model, space
-        self._known = named_trainable(model)
+        self._sharded = any(isinstance(m, FSDPModule) for m in model.modules())
+        self._known = self._trainable()
         self._looks = self.LOOKS
 
     def before_step(self) -> None:
@@ -91,18 +92,23 @@ class StepChecks:
                     "a list (`two_pass.step([run, run])`), not one by one under `accelerator.accumulate`."
                 )
 
+    def _trainable(self) -> dict[str, nn.Parameter | None]:
+        """Each parameter with `requires_grad`, tied ones under every name; FSDP2 swaps the objects that it shards."""
+        named = self._model.named_parameters(remove_duplicate=False)
+        return {name: None if self._sharded else p for name, p in named if p.requires_grad}
+
     def _check_parameters(self) -> None:
-        now = named_trainable(self._model)
+        now = self._trainable()
         for name in sorted(now.keys() - self._known.keys()):
             raise ValueError(
-                f"model: `{name}` requires a gradient and did not when the engine was built; build a new TwoPass "
-                "after unfreezing (a Trainer does whenever training starts)."
+                f"model: `{stable_name(name)}` requires a gradient and did not when the engine was built; build a new "
+                "TwoPass after unfreezing (a Trainer does whenever training starts)."
             )
         for name, p in now.items():
             if p is not self._known[name]:
                 raise ValueError(
-                    f"model: `{name}` is another parameter than when the engine was built; build a new TwoPass after "
-                    "a layer is replaced, embeddings are resized or weights are assigned."
+                    f"model: `{stable_name(name)}` is another parameter than when the engine was built; build a new "
+                    "TwoPass after a layer is replaced, embeddings are resized or weights are assigned."
                 )
 
 
@@ -142,31 +148,6 @@ def matched(
     if len(ids) != len(runs):
         raise ValueError(f"samples: got {len(ids)} tensors of indices for {len(runs)} passes; give one for each.")
     return runs, ids
-
-
-def check_open(is_open: bool, phase: str, has_passes: bool = True) -> None:
-    """Refuse a phase that comes before its time.
-
-    Raises:
-        RuntimeError: if no step has begun, or none of its first passes has run.
-    """
-    if not is_open:
-        raise RuntimeError(f"{phase}: no step has begun; call begin first, or step, which does it all.")
-    if not has_passes:
-        raise RuntimeError(f"{phase}: the step has no first pass yet; call first_pass for each micro-batch before.")
-
-
-def check_backward(grads: Vector) -> None:
-    """Refuse passes that left no gradient at all.
-
-    Raises:
-        ValueError: if `grads` is empty.
-    """
-    if not grads:
-        raise ValueError(
-            "run_pass: no parameter has a gradient after it; let it call `loss.backward()` (or "
-            "`accelerator.backward(loss)`) before it returns the loss."
-        )
 
 
 def check_options_free(method: str | Method, options: Mapping[str, Any]) -> None:

@@ -8,15 +8,33 @@ import torch
 from torch import Tensor
 
 from ..methods.method import Rules
-from ..rules.context import StepContext
+from ..rules.context import Clock, StepContext
 from ..rules.space import ParameterSpace
 from ..rules.state import MethodState
-from ..rules.vectors import Vector, copied, parts, restricted, scaled
-from . import checks
-from .clock import Clock
+from ..rules.tensors import Vector, copied, parts, restricted, scaled
 from .passes import Passes
-from .report import StepReport, all_finite
-from .window import AccumulationWindow, Unit
+from .report import StepReport
+from .window import AccumulationWindow
+
+
+class Unit:
+    """What gradients are a multiple of.
+
+    Args:
+        size: a number, or a tensor of shape ().
+    """
+
+    def __init__(self, size: float | Tensor):
+        self.size, self.inverse = size, 1 / size
+
+    def removed(self, gradient: Vector) -> Vector:
+        """`gradient`, in units of the loss."""
+        return scaled(gradient, self.inverse)
+
+    def restored(self, d: Vector) -> Vector:
+        """The inverse of `removed`: to the bit where `d` is what came out of it, which a product would not be."""
+        tensors, factor = parts(d)
+        return scaled(tensors, 1.0 if factor is self.inverse else factor * self.size)
 
 
 class Gradients:
@@ -42,14 +60,15 @@ class Gradients:
 
     def close(self, window: AccumulationWindow, clock: Clock, state: MethodState) -> StepReport:
         """Go from `g` in `.grad` to `d` in `.grad`, and leave what the method keeps in `state`."""
-        unit = window.unit(self._ranks.scope)
+        unit = _unit(window, self._ranks.scope)
         g = self._gradient(unit)
         grad_norm = self.space.norm(g)
         targets = restricted(g, self.perturbed) if window.rho > 0 else {}
         if not targets:
-            return StepReport(window.loss, grad_norm, ~self._agreed(all_finite(window.loss, grad_norm)))
+            return StepReport(window.loss, grad_norm, ~self._agreed(_all_finite(window.loss, grad_norm)))
         context = self._context(self.space.weights(parts(targets)[0]), g, grad_norm, window.rho, clock, state)
-        context.fisher = self._passes.squared_gradients(window, self.space)
+        if self._rules.per_example:
+            context.fisher = self._passes.squared_gradients(window, self.space)
         window.at_work = True
         if not self._rules.second_pass.taken(clock.steps):
             return self._with_one(window, context, unit)
@@ -57,7 +76,7 @@ class Gradients:
 
     def _with_one(self, window: AccumulationWindow, context: StepContext, unit: Unit) -> StepReport:
         """A window that takes no second pass."""
-        finite = self._agreed(all_finite(window.loss, context.grad_norm))
+        finite = self._agreed(_all_finite(window.loss, context.grad_norm))
         self._hand_on(self._rules.reuse(context.g, context), unit, window, finite)
         context.state.commit(finite)
         moved = None if self._rules.first_offset is None else context.rho * context.norm(window.first_offset)
@@ -78,7 +97,7 @@ class Gradients:
             ascent_loss = self._passes.second(window)
         second = self._gradient(unit)
         ascent_grad_norm = context.norm(second)
-        finite = self._agreed(all_finite(window.loss, ascent_loss, context.grad_norm, ascent_grad_norm))
+        finite = self._agreed(_all_finite(window.loss, ascent_loss, context.grad_norm, ascent_grad_norm))
         self._hand_on(self._rules.descent(second, context), unit, window, finite)
         self._passes.learn(window, context.state)
         context.state.commit(finite)
@@ -90,13 +109,21 @@ class Gradients:
             ascent_grad_norm,
             perturbation_norm,
             context.scale,
-            *window.cost(),
+            *_cost(window),
         )
 
     def _gradient(self, unit: Unit) -> Vector:
-        """What is in `.grad`, in the units of the loss."""
+        """What is in `.grad`, in the units of the loss.
+
+        Raises:
+            ValueError: if the passes left no gradient at all.
+        """
         grads = self.space.grads()
-        checks.check_backward(grads)
+        if not grads:
+            raise ValueError(
+                "run_pass: no parameter has a gradient after it; let it call `loss.backward()` (or "
+                "`accelerator.backward(loss)`) before it returns the loss."
+            )
         return unit.removed(grads)
 
     def _hand_on(self, d: Vector, unit: Unit, window: AccumulationWindow, finite: Tensor) -> None:
@@ -120,3 +147,25 @@ class Gradients:
         self, w: Vector, g: Vector, grad_norm: Tensor, rho: float, clock: Clock, state: MethodState
     ) -> StepContext:
         return StepContext(self.space, w, g, grad_norm, rho, clock.steps, state, clock.progress, clock.lr)
+
+
+def _unit(window: AccumulationWindow, scope: str) -> Unit:
+    """What the window's gradient is a multiple of: the loss scale, and its share where it ascends by itwindow."""
+    share = 1.0 if scope == "global" else window.share
+    if isinstance(share, Tensor):  # of no counted item: its gradient is zero in any unit
+        share = torch.where(share == 0, torch.ones_like(share), share)
+    return Unit(share if window.loss_scale is None else share * window.loss_scale)
+
+
+def _cost(window: AccumulationWindow) -> tuple[float, float]:
+    """Forward-backward passes and forwards, each in units of the whole batch."""
+    n = len(window.records)
+    passes = sum(r.first + r.second for r in window.records) / n
+    if window.examples:
+        passes += window.examples / sum(r.forward.size for r in window.records)
+    return passes, passes + sum(r.looks for r in window.records) / n
+
+
+def _all_finite(*values: Tensor) -> Tensor:
+    """Whether every one of some tensors of shape () is finite, decided on the first one's device."""
+    return torch.stack([torch.isfinite(v.detach()).to(values[0].device) for v in values]).all()

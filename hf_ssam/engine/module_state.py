@@ -14,13 +14,32 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..rules.snapshot import Snapshot
 from ..rules.space import local
+from ..rules.tensors import Snapshot
 
 Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
 
-class Buffers:
+class ModuleState:
+    """One kind of it."""
+
+    def is_empty(self) -> bool:
+        """Whether the model has none of this kind."""
+        raise NotImplementedError
+
+    def save(self) -> Any:
+        """A copy of it as it is, for `restore`."""
+        raise NotImplementedError
+
+    def notice(self, saved: Any) -> None:
+        """Learn from what the first pass did to it since `saved`."""
+
+    def restore(self, saved: Any) -> None:
+        """Put back what `save` gave."""
+        raise NotImplementedError
+
+
+class Buffers(ModuleState):
     """The buffers of a model, to be put back even where a module has replaced one by a new tensor.
 
     Large integer tensors are left out: they are packed quantised weights, which no forward changes and which may be
@@ -36,6 +55,10 @@ class Buffers:
         self._slots = [
             (m, n) for m, n in slots if m._buffers[n].is_floating_point() or m._buffers[n].numel() <= self.COUNTER
         ]
+
+    def is_empty(self) -> bool:
+        """Whether there is no buffer."""
+        return not self._slots
 
     def save(self) -> tuple[list[Tensor], Snapshot]:
         """The tensors, and a copy of every value that can change."""
@@ -59,7 +82,7 @@ class FrozenState:
     copies: dict[int, Tensor]
 
 
-class FrozenParameters:
+class FrozenParameters(ModuleState):
     """Frozen weights that a forward moves all the same: a teacher that is a moving average of what trains.
 
     The first step copies all of them and compares them, which finds writes through `.data` too; afterwards only those
@@ -75,6 +98,10 @@ class FrozenParameters:
         fits = sum(local(p).nbytes for p in self._params) <= room
         self._kept = list(range(len(self._params))) if fits else []
         self._compared = False
+
+    def is_empty(self) -> bool:
+        """Whether every parameter trains."""
+        return not self._params
 
     def save(self) -> FrozenState:
         """Their versions, and a copy of those that may move."""
@@ -97,12 +124,16 @@ class FrozenParameters:
                 torch._foreach_copy_([local(self._params[i]) for i in held], [saved.copies[i] for i in held])
 
 
-class ExtraState:
+class ExtraState(ModuleState):
     """What modules show of themselves by `get_extra_state` and take back by `set_extra_state`, torch's own hooks for
     state that is neither parameter nor buffer: counters, schedules, queues."""
 
     def __init__(self, model: nn.Module):
         self._modules = [m for m in model.modules() if _overrides(m, "get_extra_state", "set_extra_state")]
+
+    def is_empty(self) -> bool:
+        """Whether no module has such hooks."""
+        return not self._modules
 
     def save(self) -> list[Any]:
         """A deep copy of each module's."""

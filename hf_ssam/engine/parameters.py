@@ -6,7 +6,6 @@ import re
 from collections.abc import Collection
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
@@ -43,16 +42,6 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
             "train; unfreeze some with `parameter.requires_grad_(True)` or add an adapter."
         )
     return named
-
-
-def named_trainable(model: nn.Module) -> dict[str, nn.Parameter | None]:
-    """Every stable name of a parameter with `requires_grad`, tied ones under each of theirs, and the parameter.
-
-    None in place of a parameter that FSDP2 shards: it puts other objects in place of what it gathers, and unties them.
-    """
-    named = unwrapped(model).named_parameters(remove_duplicate=False)
-    swapped = any(isinstance(m, FSDPModule) for m in model.modules())
-    return {stable_name(name): None if swapped else p for name, p in named if p.requires_grad}
 
 
 def transposed_names(model: nn.Module) -> set[str]:

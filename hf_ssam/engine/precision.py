@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..rules.vectors import Vector
+from ..rules.tensors import Vector
 
 COSINE_WARNED_BELOW = 0.9
 

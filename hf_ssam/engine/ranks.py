@@ -127,7 +127,17 @@ class Ranks:
                 root.reset_iter_state()
 
     def begin(self) -> None:
-        """Drop the whole gradients that a dead pass had added up, unsent; FSDP2 keeps them on the gathered weights."""
+        """Drop the whole gradients that a dead pass had added up, unsent; FSDP2 keeps them on the gathered weights.
+
+        Raises:
+            ValueError: under DistributedDataParallel's `join`, whose shadow passes know of one pass a step.
+        """
+        if self._ddp is not None and self._ddp._join_config.enable:
+            raise ValueError(
+                "model: DistributedDataParallel.join (join_uneven_inputs) lets a rank without batches shadow one pass "
+                "a step, and a step here has two and its own collectives; give every rank as many batches "
+                "(even_batches=True, or drop_last=True) and leave join out."
+            )
         if self._left_over:
             self._left_over = False
             for module in (m for root in self._fsdp for m in root.modules() if isinstance(m, FSDPModule)):

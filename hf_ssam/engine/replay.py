@@ -67,7 +67,8 @@ class Replay:
         devices = {t.device for t in tensors} | {_computes_on(t) for t in tensors}
         self._devices = tuple(sorted((d for d in devices if d.type not in ("cpu", "meta")), key=str))
         self._generators = private_generators(model)
-        self._buffers, self._frozen, self._extra = Buffers(model), FrozenParameters(model), ExtraState(model)
+        kinds = (Buffers(model), FrozenParameters(model), ExtraState(model))
+        self._states = [state for state in kinds if not state.is_empty()]
         self.replay_rng = replay_rng
 
     def single_samples(self) -> contextlib.AbstractContextManager[None]:
@@ -76,12 +77,12 @@ class Replay:
 
     def snapshot_buffers(self) -> Any:
         """Buffers, frozen weights and modules' own states as the first pass is about to find them."""
-        return self._buffers.save(), self._frozen.save(), self._extra.save()
+        return [state.save() for state in self._states]
 
     def restore_buffers(self, saved: Any) -> None:
         """Put back what `snapshot_buffers` gave."""
-        for part, state in zip((self._buffers, self._frozen, self._extra), saved, strict=True):
-            part.restore(state)
+        for state, values in zip(self._states, saved, strict=True):
+            state.restore(values)
 
     def snapshot_rng(self) -> RandomState | None:
         """The generators as a pass is about to find them; None where they are not replayed."""
@@ -90,7 +91,8 @@ class Replay:
     @contextlib.contextmanager
     def replaying(self, buffers_seen: Any) -> Iterator[None]:
         """Show the second pass `buffers_seen`; afterwards, whatever happens, put back what the first pass left."""
-        self._frozen.notice(buffers_seen[1])
+        for state, values in zip(self._states, buffers_seen, strict=True):
+            state.notice(values)
         buffers_left, rng_left = self.snapshot_buffers(), self.snapshot_rng()
         self.restore_buffers(buffers_seen)
         try:

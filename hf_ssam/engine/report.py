@@ -38,15 +38,8 @@ class StepReport:
     forwards: float = 1.0
 
 
-def all_finite(*values: Tensor) -> Tensor:
-    """Whether every one of some tensors of shape () is finite, decided on the first one's device."""
-    return torch.stack([torch.isfinite(v.detach()).to(values[0].device) for v in values]).all()
-
-
 def merged(reports: list[StepReport]) -> StepReport:
     """One report of several windows: losses add up, the rest is averaged, one skip skips all."""
-    if len(reports) == 1:
-        return reports[0]
 
     def values(name: str) -> list:
         return [v for r in reports if (v := getattr(r, name)) is not None]

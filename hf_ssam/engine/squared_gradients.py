@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..rules.space import ParameterSpace
-from ..rules.vectors import Vector
+from ..rules.tensors import Vector
 from .ranks import Ranks
 from .replay import Replay
 from .window import AccumulationWindow, MicroBatchRecord
@@ -47,7 +47,8 @@ def squared_gradients(
 
 def _add_square(total: Vector, record: MicroBatchRecord, i: int, space: ParameterSpace, ranks: Ranks) -> None:
     space.clear_grads()
-    record.rewind()
+    if record.rng is not None:
+        record.rng.restore()
     with ranks.deferred(), _one_sample_at_a_time():
         record.run(torch.tensor([i]))
     grads = {n: g.to(total[n].dtype).nan_to_num(0.0, 0.0, 0.0) for n, g in space.grads().items() if n in total}

@@ -20,16 +20,15 @@ from torch import Tensor, nn
 
 from ..methods.method import Method, checked_rho
 from ..methods.table import get_method
+from ..rules.context import Clock
 from ..rules.space import ParameterSpace
 from ..rules.state import MethodState
-from ..rules.workspace import Workspace
+from ..rules.tensors import Workspace
 from . import checks
-from .clock import Clock
-from .displacement import Displacement
 from .forward_recorder import PerSampleLoss
 from .gradients import Gradients
 from .parameters import perturbed_names, trainable, transposed_names, unwrapped
-from .passes import Passes
+from .passes import Displacement, Passes
 from .ranks import Ranks
 from .replay import Replay
 from .report import StepReport, merged
@@ -205,7 +204,8 @@ class TwoPass:
             The loss, detached.
 
         """
-        checks.check_open(self.is_open, "first_pass")
+        if not self.is_open:
+            raise RuntimeError("first_pass: no step has begun; call begin first, or step, which does it all.")
         record = MicroBatchRecord(run, share, samples, labels)
         with self._abandoned_on_error():
             if self.ranks.scope != "micro_batch":
@@ -223,11 +223,12 @@ class TwoPass:
         Raises:
             RuntimeError: if no step has begun, or none of its first passes has run.
         """
-        checks.check_open(self.is_open, "finish", bool(self._reports) or self.is_open and bool(self._window.records))
+        if not (self._reports or self.is_open and self._window.records):
+            raise RuntimeError("finish: no first pass has run; call begin and first_pass before, or step alone.")
         with self._abandoned_on_error():
             reports = self._reports or [self._close(self._window)]
             self.ranks.average()
-            report = self._gradients.settled(merged(reports))
+            report = self._gradients.settled(reports[0] if len(reports) == 1 else merged(reports))
         self._window = None
         self.clock.steps += self._at_work
         self.clock.elapsed += 1

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..rules.vectors import Vector, parts, scaled
+from ..rules.tensors import Vector
 from .forward_recorder import RecordedForward
 from .replay import RandomState
 
@@ -45,36 +44,11 @@ class MicroBatchRecord:
     second: float = 0.0
     looks: float = 0.0
 
-    def rewind(self) -> None:
-        """Put the generators to where the first pass found them."""
-        if self.rng is not None:
-            self.rng.restore()
-
     def labels_of(self, index: Tensor | None) -> dict[str, Any]:
         """The labels of its samples `index`, as an input by name; empty where the host gave none."""
         if not isinstance(self.labels, Tensor):
             return {}
         return {"labels": self.labels if index is None else self.labels[index.to(self.labels.device)]}
-
-
-class Unit:
-    """What gradients are a multiple of.
-
-    Args:
-        size: a number, or a tensor of shape ().
-    """
-
-    def __init__(self, size: float | Tensor):
-        self.size, self.inverse = size, 1 / size
-
-    def removed(self, gradient: Vector) -> Vector:
-        """`gradient`, in units of the loss."""
-        return scaled(gradient, self.inverse)
-
-    def restored(self, d: Vector) -> Vector:
-        """The inverse of `removed`: to the bit where `d` is what came out of it, which a product would not be."""
-        tensors, factor = parts(d)
-        return scaled(tensors, 1.0 if factor is self.inverse else factor * self.size)
 
 
 @dataclass
@@ -106,18 +80,3 @@ class AccumulationWindow:
     share: float | Tensor = 0.0
     examples: int = 0
     at_work: bool = False
-
-    def unit(self, scope: str) -> Unit:
-        """What the window's gradient is a multiple of: the loss scale, and its share where it ascends by itself."""
-        share = 1.0 if scope == "global" else self.share
-        if isinstance(share, Tensor):  # of no counted item: its gradient is zero in any unit
-            share = torch.where(share == 0, torch.ones_like(share), share)
-        return Unit(share if self.loss_scale is None else share * self.loss_scale)
-
-    def cost(self) -> tuple[float, float]:
-        """Forward-backward passes and forwards, each in units of the whole batch."""
-        n = len(self.records)
-        passes = sum(r.first + r.second for r in self.records) / n
-        if self.examples:
-            passes += self.examples / sum(r.forward.size for r in self.records)
-        return passes, passes + sum(r.looks for r in self.records) / n

@@ -15,7 +15,7 @@ from ..rules.ascent import normalize
 from ..rules.context import Rule, StepContext, chain
 from ..rules.masks import uniform
 from ..rules.selection import Selection, kept
-from ..rules.vectors import Vector, multiplied, scaled
+from ..rules.tensors import Vector, multiplied, scaled
 from .method import Method, Paper, Rules
 from .options import Option
 

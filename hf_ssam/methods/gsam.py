@@ -10,7 +10,7 @@ from __future__ import annotations
 from ..rules.ascent import normalize
 from ..rules.context import Rule, StepContext
 from ..rules.descent import orthogonal
-from ..rules.vectors import Vector, added
+from ..rules.tensors import Vector, added
 from .method import Method, Paper, Rules
 from .options import Option
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 
 from ..rules.ascent import normalize
-from ..rules.context import Rule, StepContext
+from ..rules.context import Rule, StepContext, every
 from ..rules.descent import orthogonal
-from ..rules.vectors import EPS, Vector, added, copied, restricted
-from .method import Method, Paper, Rules, every
+from ..rules.tensors import EPS, Vector, added, copied, restricted
+from .method import Method, Paper, Rules
 from .options import Option
 
 PAPER = Paper(

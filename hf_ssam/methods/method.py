@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..rules.context import Rule, chain
+from ..rules.context import ALWAYS, Rule, SecondPass, chain
 from ..rules.descent import renormalize
 from ..rules.selection import Selection
 from ..rules.space import ParameterSpace
@@ -57,35 +57,6 @@ class Paper:
         }
         body = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
         return f"@article{{{self.key},\n{body}\n}}"
-
-
-@dataclass(frozen=True)
-class SecondPass:
-    """At which of the steps that a method is at work in it takes a second pass.
-
-    Attributes:
-        interval: at every `interval`-th; None: never.
-    """
-
-    interval: int | None
-
-    def taken(self, step: int) -> bool:
-        """Whether step `step` (from 0) takes a second pass."""
-        return self.interval is not None and step % self.interval == 0
-
-    @property
-    def varies(self) -> bool:
-        """Whether steps differ in their passes, so that something is handed on from one to the next."""
-        return self.interval is not None and self.interval > 1
-
-
-ALWAYS = SecondPass(1)
-NEVER = SecondPass(None)
-
-
-def every(k: int) -> SecondPass:
-    """A second pass at every `k`-th step, the first one included."""
-    return SecondPass(k)
 
 
 @dataclass(frozen=True)

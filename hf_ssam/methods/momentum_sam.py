@@ -9,9 +9,9 @@ is kept, so that any optimizer can follow.
 from __future__ import annotations
 
 from ..rules.ascent import normalize
-from ..rules.context import Rule, StepContext
-from ..rules.vectors import Vector, added, copied, restricted, scaled
-from .method import NEVER, Method, Paper, Rules
+from ..rules.context import NEVER, Rule, StepContext
+from ..rules.tensors import Vector, added, copied, restricted, scaled
+from .method import Method, Paper, Rules
 from .options import Option
 
 PAPER = Paper(

@@ -21,7 +21,7 @@ from ..rules.ascent import normalize
 from ..rules.context import StepContext, chain
 from ..rules.masks import Refresh, kept_count, largest, masked, n_of_m, uniform
 from ..rules.space import ParameterSpace
-from ..rules.vectors import Vector
+from ..rules.tensors import Vector
 from .esam import SEED
 from .method import Check, Method, Paper, Rules
 from .options import Option

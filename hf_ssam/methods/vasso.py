@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ..rules.ascent import normalize
 from ..rules.context import Rule, StepContext, chain, ema
-from ..rules.vectors import Vector
+from ..rules.tensors import Vector
 from .method import Method, Paper, Rules
 from .options import Option
 

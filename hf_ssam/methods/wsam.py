@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..rules.ascent import normalize
 from ..rules.context import Rule, StepContext
-from ..rules.vectors import Vector, added, scaled
+from ..rules.tensors import Vector, added, scaled
 from .method import Method, Paper, Rules
 from .options import Option
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from .context import Rule, StepContext, chain
-from .vectors import EPS, Vector, copied, multiplied, restricted, scaled
+from .tensors import EPS, Vector, copied, multiplied, restricted, scaled
 
 
 def normalize(v: Vector, context: StepContext) -> Vector:

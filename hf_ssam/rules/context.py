@@ -15,7 +15,58 @@ from torch import Tensor
 
 from .space import ParameterSpace
 from .state import MethodState
-from .vectors import Vector, added, copied, parts, restricted, times
+from .tensors import Vector, added, copied, parts, restricted, times
+
+
+@dataclass
+class Clock:
+    """Where a run is.
+
+    Attributes:
+        steps: how many steps the method has been at work in, ρ above 0.
+        elapsed: how many steps there have been in all.
+        total: length of the run; None where it is not known.
+        lr: learning rate of the step; 0 where the host did not say.
+    """
+
+    steps: int = 0
+    elapsed: int = 0
+    total: int | None = None
+    lr: float = 0.0
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is over, from 0 to 1; 0 where its length is not known."""
+        return min(1.0, self.elapsed / self.total) if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class SecondPass:
+    """At which of the steps that a method is at work in it takes a second pass.
+
+    Attributes:
+        interval: at every `interval`-th; None: never.
+    """
+
+    interval: int | None
+
+    def taken(self, step: int) -> bool:
+        """Whether step `step` (from 0) takes a second pass."""
+        return self.interval is not None and step % self.interval == 0
+
+    @property
+    def varies(self) -> bool:
+        """Whether steps differ in their passes, so that something is handed on from one to the next."""
+        return self.interval is not None and self.interval > 1
+
+
+ALWAYS = SecondPass(1)
+NEVER = SecondPass(None)
+
+
+def every(k: int) -> SecondPass:
+    """A second pass at every `k`-th step, the first one included."""
+    return SecondPass(k)
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .context import Rule, StepContext
-from .vectors import EPS, Vector, added, parts, scaled
+from .tensors import EPS, Vector, added, parts, scaled
 
 
 def renormalize(max_scale: float = math.inf) -> Rule:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .context import Rule, StepContext
 from .space import ParameterSpace
-from .vectors import Vector, multiplied
+from .tensors import Vector, multiplied
 
 Refresh = Callable[[Vector, Vector, StepContext], Vector]
 """`(v, mask, context) -> mask`, where the old mask is empty before the first refresh."""

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import device
+from . import tensors as tensors_
 from .space import ParameterSpace
-from .vectors import Vector, read
+from .tensors import Vector, read
 
 PLAIN = "plain"
 """The slot of tensors that belong to no parameter (flags, scores of samples), the same on every rank."""
@@ -72,7 +72,7 @@ class MethodState:
     def filled(self, slot: str) -> Tensor:
         """1 where a finite step has filled `slot`, else 0, shape (): until one has, what it holds is zeros (law 7)."""
         known = self.slots[PLAIN][f"{slot}.filled"]
-        return known.to(torch.float64 if device.on_host(known.device) else torch.float32)
+        return known.to(torch.float64 if known.device.type in tensors_.HOST else torch.float32)
 
     def commit(self, finite: Tensor) -> None:
         """Accept what was staged where `finite` (bool, shape ()) holds; elsewhere keep what was there (or zeros)."""

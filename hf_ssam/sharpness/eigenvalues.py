@@ -13,7 +13,7 @@ import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 
-from ..rules.vectors import Vector
+from ..rules.tensors import Vector
 from .arithmetic import length
 from .lanczos import BASIS_ELEMENTS, lanczos
 from .objective import Objective

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..rules.vectors import Vector
+from ..rules.tensors import Vector
 from .measured import selected
 from .objective import Objective
 from .probe import Batches

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from ..engine.replay import Replay
-from ..rules.vectors import Vector
+from ..rules.tensors import Vector
 from .arithmetic import finite
 from .double_backward import ExactWeightNorm, refuse_once_differentiable
 from .measured import LossFunction, LossModule, model_loss, selected, without_autocast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -81,6 +82,29 @@ def refuse_optimizer(optimizer: Any) -> None:
             f"optimizers: {type(optimizer).__name__} wraps an optimizer to take two steps of its own, which the "
             "Trainer cannot drive; pass the plain optimizer, or none, and set optim='ssam' and rho=…."
         )
+
+
+def refuse_steps_in_backward(model: nn.Module) -> None:
+    """Refuse a model whose parameters run code of the user's own as soon as their gradient is there.
+
+    Such code steps an optimizer to save memory, in the first pass already. Hooks of torch, Transformers and Accelerate
+    average gradients over ranks.
+
+    Raises:
+        ValueError: naming the first parameter with such a hook.
+    """
+    for name, p in model.named_parameters():
+        if any(not _is_of_a_library(hook) for hook in (p._post_accumulate_grad_hooks or {}).values()):
+            raise ValueError(
+                f"model: `{name}` has a hook that runs after each backward (register_post_accumulate_grad_hook), "
+                "where an optimizer steps before the second pass exists; remove it, and the Trainer's optimizer steps."
+            )
+
+
+def _is_of_a_library(hook: Any) -> bool:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(hook.__module__).partition(".")[0] in ("torch", "transformers", "accelerate")
 
 
 def refuse_launch(trainer: Any) -> None:

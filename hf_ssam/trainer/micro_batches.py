@@ -228,8 +228,8 @@ class HostMixin:
         if engine.rho == 0 or not self.args.replay_rng:
             return False
         if self._first_ascent is None or self._first_ascent[0] is not engine:
-            self._first_ascent = engine, engine.elapsed
-        return self._first_ascent[1] == engine.elapsed
+            self._first_ascent = engine, engine.clock.elapsed
+        return self._first_ascent[1] == engine.clock.elapsed
 
     def _sync_context(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         if last or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):

@@ -160,6 +160,7 @@ class SSAMTrainerMixin(
     def _refuse_what_cannot_work(self) -> None:
         refusals.refuse_launch(self)
         refusals.refuse_optimizer(self.optimizer)
+        refusals.refuse_steps_in_backward(self.model)
         refusals.refuse_empty(self.train_dataset)
         trainable(self.model)
         if self.args.num_micro_batches > 1 and self.compute_loss_func is not None:
@@ -185,6 +186,7 @@ class SSAMTrainerMixin(
         return self._settings.rho * self._rho_factor(step, lr_share)
 
     def _begin_step(self) -> None:
+        self.optimizer.train()  # here, since the parent's call in the first pass may swap weights (schedule-free)
         step = self.state.global_step
         self.two_pass.rho = self.rho_at(step)
         self.two_pass.clock.elapsed, self.two_pass.clock.lr = step, self.optimizer.param_groups[0]["lr"]

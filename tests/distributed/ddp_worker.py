@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -16,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from hf_ssam import SSAMTrainer, TwoPass, get_method
 from hf_ssam.methods import Method, Rules
 from hf_ssam.rules.context import StepContext
-from hf_ssam.rules.vectors import Vector
+from hf_ssam.rules.tensors import Vector
 from tests.distributed.launching import Scenario, main
 from tests.distributed.loops import narrow, own_batches, squared
 from tests.distributed.scenarios import (
@@ -157,6 +158,15 @@ def uneven(folder: Path) -> dict[str, Any]:
     return {"skipped": skipped, "weights": weights}
 
 
+def joined(folder: Path) -> str:
+    """What is said under `join`, where a rank that has no batch left shadows the passes of the others."""
+    model = DistributedDataParallel(narrow())
+    two_pass = TwoPass(model, "ssam", 0.1)
+    with model.join(), pytest.raises(ValueError) as error:
+        two_pass.step(partial(squared, model, own_batches(0, 0)[0], 1))
+    return str(error.value)
+
+
 def keeping(v: Vector, at: StepContext) -> Vector:
     """A descent that reads the first gradient: the mean of both."""
     return {n: (t + at.g[n]) / 2 for n, t in v.items()}
@@ -270,6 +280,7 @@ SCENARIOS: dict[str, Scenario] = {
         for cls in (SpoiledTrainer, SpoiledSecondPass)
     },
     "uneven": uneven,
+    "joined": joined,
     "static_graph": static_graph,
     "evaluated": evaluated,
     **{f"sample_ids/{name}": partial(told_of_samples, loader) for name, loader in LOADERS.items()},

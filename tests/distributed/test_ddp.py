@@ -175,6 +175,12 @@ def test_ranks_may_hold_unequal_numbers_of_micro_batches(ddp: Runs):
     assert first["skipped"] == second["skipped"] == [False, True, False]
 
 
+def test_uneven_inputs_joined_by_ddp_are_refused(ddp: Runs):
+    for said in ddp["joined"]:
+        assert said.startswith("model: DistributedDataParallel.join (join_uneven_inputs) lets")
+        assert "even_batches=True" in said
+
+
 def test_static_graph_where_no_step_varies(ddp: Runs):
     for rank in ddp["static_graph"]:
         assert_identical(rank[True]["weights"], rank[False]["weights"])

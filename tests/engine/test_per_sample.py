@@ -116,3 +116,14 @@ def test_what_does_not_tell_is_refused(inputs, outputs, why):
         ValueError, match=f"per_sample_loss: the loss of each sample of Linear is not known, since .*{why}"
     ):
         per_sample_losses(model, inputs, outputs)
+
+
+@pytest.mark.parametrize("build", [lambda: gpt2(0.0), lambda: BertForMaskedLM(BertConfig(**SMALL))])
+def test_a_sample_without_a_counted_label_has_a_loss_of_zero(build):
+    """Not 0/0: such a sample is compared with others, and NaN would be picked first."""
+    batch = stacked(lm_data(3))
+    batch["labels"][1] = -100
+    model = build().eval()
+    with torch.no_grad():
+        losses = per_sample_losses(model, batch, model(**batch))
+    assert losses[1] == 0 and losses[[0, 2]].min() > 0

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from hf_ssam import METHODS, Method, SSAMTrainer, TwoPass
 from hf_ssam.engine.precision import survival
 from hf_ssam.methods import Rules, added, scaled
-from hf_ssam.rules import device
+from hf_ssam.rules import tensors
 from tests.support.cases import (
     CASES,
     MAIN_CASES,
@@ -370,7 +370,7 @@ class ReadsBack(TorchDispatchMode):
 @pytest.mark.parametrize("loss_scale", [None, 2.0, torch.tensor(2.0)])
 def test_the_engine_reads_no_value_back(case: Case, scope: str, loss_scale, monkeypatch):
     """On an accelerator's path; on the host itself a value is read freely."""
-    monkeypatch.setattr(device, "on_host", lambda where: False)
+    monkeypatch.setattr(tensors, "HOST", frozenset())
     model, data = network(), batches()
     engine = TwoPass(model, case.method, case.rho, scope=scope, **case.options)
 
@@ -400,7 +400,7 @@ class Classifier(nn.Module):
 
 @pytest.mark.parametrize("case", MAIN_CASES, ids=lambda c: c.id)
 def test_the_trainer_reads_one_flag_a_step(case: Case, monkeypatch):
-    monkeypatch.setattr(device, "on_host", lambda where: False)
+    monkeypatch.setattr(tensors, "HOST", frozenset())
     data = [{"x": x, "labels": y} for batch in batches() for x, y in zip(*batch, strict=True)]
 
     def reads(**given) -> int:

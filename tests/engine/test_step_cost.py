@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_ssam import METHODS, TwoPass
-from hf_ssam.rules import device
+from hf_ssam.rules import tensors
 
 
 class Counter(TorchDispatchMode):
@@ -101,7 +101,7 @@ def _backward(loss: Tensor) -> Tensor:
 @pytest.mark.parametrize("method", ["ssam", "sam", "usam", "asam", "wsam"])
 def test_an_accelerators_operations_do_not_grow_with_the_number_of_tensors(method, monkeypatch):
     """On an accelerator's path (no free reads, no kept memory) a step dispatches as much for 8 tensors as for 80."""
-    monkeypatch.setattr(device, "on_host", lambda where: False)
+    monkeypatch.setattr(tensors, "HOST", frozenset())
     few, many = (counted(method, layers, steps=2) for layers in (4, 40))
     launched = [[o for o in c.operations if not _is_view(o)] for c in (few, many)]
     assert launched[0] == launched[1] and sum("foreach" in o for o in launched[0]) <= 18
@@ -110,12 +110,12 @@ def test_an_accelerators_operations_do_not_grow_with_the_number_of_tensors(metho
 
 @pytest.mark.parametrize("method", WHOLE)
 def test_an_accelerators_step_reads_nothing_back(method, monkeypatch):
-    monkeypatch.setattr(device, "on_host", lambda where: False)
+    monkeypatch.setattr(tensors, "HOST", frozenset())
     assert counted(method, 3, steps=3).reads == 0
 
 
 def test_an_accelerators_step_holds_one_copy_of_the_weights(monkeypatch):
-    monkeypatch.setattr(device, "on_host", lambda where: False)
+    monkeypatch.setattr(tensors, "HOST", frozenset())
     model_bytes = sum(p.nbytes for p in network(10).parameters())
     assert model_bytes <= counted("ssam", 10, steps=3).allocated < 1.1 * model_bytes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_ssam.rules.norms import dots, norms
+from hf_ssam.rules.space import dots_of, norms_of
 
 LAYOUTS = {
     "contiguous": lambda t: t,
@@ -29,21 +29,21 @@ def numbers() -> torch.Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_norm_is_that_of_float64(layout):
     t = LAYOUTS[layout](numbers())
-    torch.testing.assert_close(norms([t])[0], t.double().norm(), rtol=1e-7, atol=0)
+    torch.testing.assert_close(norms_of([t])[0], t.double().norm(), rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dot_is_that_of_float64(layout):
     t, u = LAYOUTS[layout](numbers()), LAYOUTS[layout](numbers().flip(0))
     expected, scale = (t.double() * u.double()).sum(), t.double().norm() * u.double().norm()
-    assert (dots([t], [u])[0] - expected).abs() <= 1e-7 * scale
+    assert (dots_of([t], [u])[0] - expected).abs() <= 1e-7 * scale
 
 
 def test_dot_of_tensors_laid_out_unlike():
     t = numbers()
     u = torch.randn(1000, 6000).T
     expected = (t.double() * u.double()).sum()
-    assert (dots([t], [u])[0] - expected).abs() <= 1e-7 * t.double().norm() * u.double().norm()
+    assert (dots_of([t], [u])[0] - expected).abs() <= 1e-7 * t.double().norm() * u.double().norm()
 
 
 @pytest.mark.slow
@@ -52,17 +52,17 @@ def test_norm_of_1e8_numbers_keeps_its_digits():
     torch.manual_seed(0)
     t = torch.rand(100_000_000).add_(0.5)
     exact = torch.stack([part.double().square().sum() for part in t.split(2**20)]).sum().sqrt()
-    torch.testing.assert_close(norms([t])[0], exact, rtol=1e-8, atol=0)
+    torch.testing.assert_close(norms_of([t])[0], exact, rtol=1e-8, atol=0)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-22, 1e-18, 1e18, 1e22, 1e30])
 def test_norm_neither_underflows_nor_overflows(size):
     t = numbers()[:100] * size
-    torch.testing.assert_close(norms([t])[0], t.double().norm(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(norms_of([t])[0], t.double().norm(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 def test_norm_of_what_is_not_finite_is_not_finite(bad):
     t = numbers()
     t[17, 3] = bad
-    assert not torch.isfinite(norms([t])[0])
+    assert not torch.isfinite(norms_of([t])[0])

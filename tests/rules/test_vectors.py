@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_ssam.rules.snapshot import Snapshot
 from hf_ssam.rules.space import ParameterSpace
-from hf_ssam.rules.vectors import added, move, multiplied, scaled
+from hf_ssam.rules.tensors import Snapshot, added, move, multiplied, scaled
 
 
 def vector(*sizes: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Vectors over named parameters, and their arithmetic by `torch._foreach_*`.
+"""Vectors over named parameters, their arithmetic by `torch._foreach_*`, and the memory that copies of them live in.
 
 Every rule of this package is written on a `Vector`, a mapping from parameter name to the *local* tensor of that
 parameter (the parameter itself, or this rank's shard of a `DTensor`). Local tensors share storage with the model, so
@@ -7,22 +7,128 @@ writing to them writes to the model.
 A multiple of a vector is not computed before somebody reads its tensors: a step scales `g` to a direction, the
 direction to a perturbation and `ĝ` to the length of `g`, and each of these factors is carried by an operation that
 reads the memory anyway. The rules stay pure functions; nothing but `ParameterSpace.write_grads` writes in place.
+
+Fresh memory on the CPU costs a page fault every four kilobytes, more than ten copies into memory that is there. So a
+step takes its copies from a `Workspace` and gives them back at its end. On a GPU the caching allocator does this, and
+every copy is simply a new tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
-
-from . import device
-from .workspace import copies
 
 Vector = Mapping[str, Tensor]
 
 EPS = 1e-12
 """Added to every norm that divides (official SSAM code, `sam.py`); 0 / (0 + EPS) = 0 keeps a zero gradient zero."""
+
+HOST = frozenset({"cpu"})
+"""Kinds of device whose tensors are in the host's own memory.
+
+There a value is read without waiting (law 7), fresh memory costs page faults, and sums run one number after the other.
+An accelerator has none of this: its values are waited for, its allocator keeps memory, it sums in a tree.
+"""
+
+_CURRENT: ContextVar[Workspace | None] = ContextVar("workspace", default=None)
+
+
+class Workspace:
+    """Tensors on the CPU that steps borrow and give back.
+
+    Args:
+        keeps: whether memory is kept between steps; without it every copy is fresh.
+
+    Attributes:
+        kept: bytes that it holds on to between steps.
+    """
+
+    def __init__(self, keeps: bool = True):
+        self._keeps = keeps
+        self._free: dict[tuple, list[Tensor]] = {}
+        self._lent: list[tuple[tuple, Tensor]] = []
+
+    @property
+    def kept(self) -> int:
+        """Bytes that nobody uses until the next step."""
+        return sum(t.nbytes for tensors in self._free.values() for t in tensors)
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Let `copies` borrow from here."""
+        token = _CURRENT.set(self)
+        try:
+            yield
+        finally:
+            _CURRENT.reset(token)
+
+    def borrow(self, like: Tensor) -> Tensor:
+        """A tensor laid out like `like`, its content undefined."""
+        if not self._keeps:
+            return torch.empty_like(like)
+        layout = like.shape, like.stride(), like.dtype
+        free = self._free.get(layout)
+        tensor = free.pop() if free else torch.empty_like(like, requires_grad=False)
+        self._lent.append((layout, tensor))
+        return tensor
+
+    def reclaim(self, but: Iterable[Tensor] = ()) -> None:
+        """Take back all that was borrowed, except the tensors `but`, which stay with who has them."""
+        held = {id(t) for t in but}
+        lent, self._lent = self._lent, []
+        for layout, tensor in lent:
+            if id(tensor) in held:
+                self._lent.append((layout, tensor))
+            else:
+                self._free.setdefault(layout, []).append(tensor)
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of `tensors`, in the memory of the workspace in use."""
+    workspace = _CURRENT.get()
+    if not tensors:
+        return []
+    with torch.no_grad():
+        if workspace is None or any(t.device.type not in HOST for t in tensors):
+            return list(torch._foreach_clone(tensors))
+        new = [workspace.borrow(t) for t in tensors]
+        torch._foreach_copy_(new, tensors)
+    return new
+
+
+class Snapshot:
+    """Copies of tensors.
+
+    Args:
+        tensors: the tensors to remember; their storage is what `restore` writes to.
+        offload: keep the copies in host memory; exact as well, since a copy between devices rounds nothing.
+
+    Attributes:
+        tensors: what is remembered.
+        copies: as it was.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], offload: bool = False):
+        self.tensors = list(tensors)
+        on_host = offload and any(t.device.type != "cpu" for t in self.tensors)
+        self.copies = [t.detach().to("cpu", copy=True) for t in self.tensors] if on_host else copies(self.tensors)
+
+    def restore(self) -> None:
+        """Write the copies back in place; an interrupt that comes meanwhile is raised once all of them are back."""
+        try:
+            self._copy_back()
+        except BaseException:
+            self._copy_back()
+            raise
+
+    def _copy_back(self) -> None:
+        if self.tensors:
+            with torch.no_grad():
+                torch._foreach_copy_(self.tensors, self.copies)
 
 
 class Multiple(Mapping[str, Tensor]):
@@ -80,7 +186,7 @@ def scaled(v: Vector, factor: float | Tensor) -> Vector:
 
 def read(value: float | Tensor) -> float | Tensor:
     """`value` as a number where reading it costs nothing, that is on the host; elsewhere it stays on its device."""
-    return value.item() if isinstance(value, Tensor) and device.on_host(value.device) else value
+    return value.item() if isinstance(value, Tensor) and value.device.type in HOST else value
 
 
 def times(norm: Tensor, factor: float | Tensor) -> Tensor:
