@@ -144,7 +144,8 @@ def matched(
     if takes_indices:
         for run in runs:
             check_takes_indices(run, method)
-    ids = [samples] * len(runs) if samples is None else [samples] if isinstance(samples, Tensor) else list(samples)
+    given = [samples] if isinstance(samples, Tensor) else samples
+    ids: list[Tensor | None] = [None] * len(runs) if given is None else list(given)
     if len(ids) != len(runs):
         raise ValueError(f"samples: got {len(ids)} tensors of indices for {len(runs)} passes; give one for each.")
     return runs, ids

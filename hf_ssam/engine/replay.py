@@ -143,4 +143,5 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         replay.restore_buffers(buffers)
-        rng.restore()
+        if rng is not None:
+            rng.restore()

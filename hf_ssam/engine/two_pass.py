@@ -40,9 +40,9 @@ class TwoPass:
     """Computes a sharpness-aware gradient in any torch loop.
 
     Example:
-        two_pass = TwoPass(model, method="ssam", rho=0.05)
-        report = two_pass.step(forward_backward)     # () -> loss
-        optimizer.step(); optimizer.zero_grad()
+        >>> two_pass = TwoPass(model, method="ssam", rho=0.05)
+        >>> report = two_pass.step(forward_backward)  # () -> loss
+        >>> optimizer.step(); optimizer.zero_grad()
 
     Args:
         model: the model as it is called: plain, compiled, in DistributedDataParallel, or sharded by FSDP2.

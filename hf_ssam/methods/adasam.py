@@ -66,7 +66,9 @@ class AdaSAM(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(  # type: ignore[override]  # torch declares two overloads
+        self, closure: Callable[[], Tensor] | None = None
+    ) -> Tensor | None:
         """One update from `.grad`; moments are kept in float32 or wider, whatever the parameters are in."""
         loss = None
         if closure is not None:
@@ -97,7 +99,7 @@ class AdaSAM(torch.optim.Optimizer):
 
     def _update(self, params: list[Tensor], moments: list[dict[str, Tensor]], group: dict[str, Any]) -> None:
         m, v, v_max = ([s[name] for s in moments] for name in ("m", "v", "v_max"))
-        d = [p.grad.to(s.dtype) for p, s in zip(params, m, strict=True)]
+        d = [p.grad.to(s.dtype) for p, s in zip(params, m, strict=True)]  # type: ignore[union-attr]  # all have one
         beta1, beta2 = group["betas"]
         torch._foreach_mul_(m, beta1)
         torch._foreach_add_(m, d, alpha=1 - beta1)

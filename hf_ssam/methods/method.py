@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -164,7 +164,7 @@ class Method:
         rules = self.rules(**values)
         if not shared.get("renormalize"):
             return rules
-        last = renormalize(shared["max_scale"])
+        last = renormalize(cast(float, shared["max_scale"]))
         return replace(rules, descent=chain(rules.descent, last), reuse=chain(rules.reuse, last))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 Value = bool | int | float | str
 
@@ -82,8 +82,9 @@ class Option:
             return isinstance(value, bool)
         if isinstance(self.default, str):
             return value in self.choices if self.choices else isinstance(value, str)
-        finite = math.isfinite(value) or value == self.default
-        return finite and (self.low < value if self.above else self.low <= value) and value <= self.high
+        number = cast(float, value)
+        finite = math.isfinite(number) or number == self.default
+        return finite and (self.low < number if self.above else self.low <= number) and number <= self.high
 
 
 def _boolean(text: str) -> bool:

@@ -152,8 +152,9 @@ def sparse_sam(
             f"optim_args: structure={structure} is not allowed with mask=dynamic; choose mask=fisher, or "
             "structure=element."
         )
+    checks: tuple[Check, ...] = ()
     if mask == "dynamic":
-        refresh, checks = dynamic(sparsity, drop_rate, seed), ()
+        refresh = dynamic(sparsity, drop_rate, seed)
     else:
         refresh, checks = _fisher(structure, sparsity, num_samples)
     rule = chain(normalize, masked(refresh, update_freq))

@@ -97,7 +97,7 @@ class StepContext:
     state: MethodState = field(default_factory=MethodState)
     progress: float = 0.0
     lr: float = 0.0
-    fisher: Callable[[Vector, int], Vector] | None = None
+    fisher: Callable[[Vector, int], Vector] = None  # type: ignore[assignment]  # set where `Rules.per_example`
     scale: Tensor | float = 1.0
     _norm: tuple[Vector, list[int], Tensor] | None = None
 

@@ -87,7 +87,7 @@ class ParameterSpace:
     def write_grads(self, d: Vector) -> None:
         """Make `d` the gradient: in place where one exists (DDP may alias it to a bucket), else as a new tensor."""
         tensors, factor = parts(d)
-        present = self.grads()
+        present = dict(self.grads())
         moved = [n for n in tensors if n in present and not _same_memory(tensors[n], present[n])]
         if moved:
             torch._foreach_copy_([present[n] for n in moved], [tensors[n] for n in moved])
@@ -157,7 +157,7 @@ class ParameterSpace:
                 parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
                 dist.all_gather(parts, part, group=group)
                 before[index] += sum(parts[: dist.get_rank(group)], torch.zeros_like(part))
-                part = sum(parts)
+                part = sum(parts, torch.zeros_like(part))
         return before
 
     def shard(self, name: str) -> tuple[int, ...]:

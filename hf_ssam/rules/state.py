@@ -81,9 +81,9 @@ class MethodState:
             self.slots[slot] = {**old, **_chosen(finite, v, old)}
         for name, (rows, values) in self._staged_rows.items():
             table = self.slots[PLAIN][name]
-            old = table[rows]
-            self._rows_before.append((name, rows, old))
-            table[rows] = torch.where(finite.to(table.device), values.to(table.dtype), old)
+            before = table[rows]
+            self._rows_before.append((name, rows, before))
+            table[rows] = torch.where(finite.to(table.device), values.to(table.dtype), before)
         self._staged.clear()
         self._staged_rows.clear()
 

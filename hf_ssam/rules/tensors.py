@@ -16,7 +16,7 @@ every copy is simply a new tensor.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 
 import torch
@@ -87,7 +87,7 @@ class Workspace:
                 self._free.setdefault(layout, []).append(tensor)
 
 
-def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+def copies(tensors: list[Tensor]) -> list[Tensor]:
     """Copies of `tensors`, in the memory of the workspace in use."""
     workspace = _CURRENT.get()
     if not tensors:
@@ -140,7 +140,8 @@ class Multiple(Mapping[str, Tensor]):
     """
 
     def __init__(self, vector: Vector, factor: float | Tensor):
-        self.vector, self.factor = vector, factor
+        self.vector = vector
+        self.factor: float | Tensor | None = factor
 
     def __getitem__(self, name: str) -> Tensor:
         if self.factor is not None:

@@ -80,8 +80,10 @@ def top_eigenvalues(
         RuntimeError: if ARPACK finds no k eigenvalues within `max_products`.
 
     Example:
-        >>> top_eigenvalues(model, batch).values[0]
-        >>> top_eigenvalues(model, loader, k=5, parameters="lora_", progress=True).values
+        >>> sharpest = top_eigenvalues(model, batch).values[0]
+        >>> five = top_eigenvalues(model, loader, k=5, parameters="lora_").values
+        >>> five[0] == max(five), len(five)
+        (True, 5)
     """
     objective = Objective(model, batches, **probe)
     try:
