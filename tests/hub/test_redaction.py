@@ -202,6 +202,7 @@ def test_harmless_words_are_left_as_they_are():
     words = ["--pad_token", "<pad>", "--max_new_tokens=5", "--label_key", "y", "--optim_args", "k=5,alpha=0.1"]
     words += ["--learning_rate", "-1e-3", "--note", "two words", "task-classification-of-questions-by-type"]
     assert cleaned(words) == words
+    assert cleaned(["--hub_token=tellnoone", "config.yaml", "--password", "-p", "1"]) == ["config.yaml", "-p", "1"]
 
 
 def test_abbreviated_flags_are_known_by_the_value(monkeypatch, tmp_path):
