@@ -2,6 +2,7 @@
 # make test                       runs what guards every law, in a few minutes; make test-all runs everything
 # make test ARGS="tests/rules"    runs a part of it
 # make test JOBS=0                runs it in one process
+# make mutate ARGS="rules/ hub/"  breaks the package on purpose and names what no test notices (all of it without ARGS)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -14,11 +15,11 @@ INPUTS := pyproject.toml constraints.txt Makefile
 # A test process computes in one thread: two of them share the machine, and some start two processes of their own.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: demo test test-all lint clean help
+.PHONY: demo test test-all mutate lint clean help
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \(make.*\)/\1/p' Makefile; echo "make demo | test | test-all | lint | clean"
+	@sed -n 's/^# \(make.*\)/\1/p' Makefile; echo "make demo | test | test-all | mutate | lint | clean"
 
 demo: $(VENV)/.core
 	OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false $(BIN)/python examples/demo.py $(ARGS)
@@ -30,6 +31,9 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(PYTEST) $(ARGS)
+
+mutate: $(VENV)/.test
+	$(TEST_ENV) $(BIN)/python tests/mutations/run.py $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
