@@ -17,7 +17,7 @@ from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ..engine.labels import count_labels
+from ..engine.labels import IGNORED, count_labels
 from ..engine.replay import unchanged
 from .micro_batches import MicroBatch
 from .sample_ids import without_ids
@@ -45,20 +45,25 @@ class LossCountMixin:
         return batches, num_items
 
     def _share(self, run: MicroBatch, num_items: Tensor | int | None) -> float | Tensor:
-        """The weight of this micro-batch's mean loss in the loss that the parent hands to backward."""
+        """The weight of this micro-batch's own loss in the loss that the parent hands to backward.
+
+        Its own loss is what the parent would make of it alone, over the labels that the parent counts (for GPT-2 in
+        transformers 5.23 one a row more than the loss compares): a step of one micro-batch then has the share 1.
+        """
         counted = num_items is not None and self.loss_is_scaled_for_ga is not False
         if not counted or self.args.ascent_scope == "global":
             return run.weight / self.current_gradient_accumulation_steps
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return self._items(run.inputs) * ranks / num_items
+        first = 1 if self._loss_shifts_labels and "shift_labels" not in run.inputs else 0
+        labels = run.inputs["shift_labels" if "shift_labels" in run.inputs else "labels"][..., first:]
+        return labels.ne(IGNORED).sum() * ranks / num_items
 
     def recounted(self, num_items: Tensor | int | None, whole: dict[str, Any], part: dict[str, Any]) -> Any:
         """`num_items_in_batch` for a part of a micro-batch that stands for the whole of it."""
-        return num_items if num_items is None else num_items * self._items(part) / self._items(whole)
-
-    def _items(self, inputs: dict[str, Any]) -> Tensor:
-        """How many labels of `inputs` the loss counts."""
-        return count_labels(self.accelerator.unwrap_model(self.model), inputs)
+        if num_items is None:
+            return None
+        model = self.accelerator.unwrap_model(self.model)
+        return num_items * count_labels(model, part) / count_labels(model, whole)
 
     def _counts_alone(self) -> bool:
         """Whether every batch is the whole of a step, so that its count is its own."""

@@ -111,6 +111,12 @@ def labels_of(inputs: Mapping[str, Tensor]) -> int:
     return int(inputs["labels"][:, 1:].ne(-100).sum())
 
 
+def counted(task: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`num_items_in_batch` as the Trainer counts it for a micro-batch alone: for GPT-2 with the first of each row."""
+    labels = {"llama": inputs["labels"][..., 1:], "gpt2": inputs["labels"]}.get(task)
+    return {} if labels is None else {"num_items_in_batch": labels.ne(-100).sum()}
+
+
 TASKS = {"llama": (llama, lm_data()), "gpt2": (gpt2, lm_data()), "bert": (lambda: bert(0.0), text_data())}
 
 
@@ -118,7 +124,7 @@ TASKS = {"llama": (llama, lm_data()), "gpt2": (gpt2, lm_data()), "bert": (lambda
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("split", [{"gradient_accumulation_steps": 2}, {"num_micro_batches": 2}])
 def test_the_trainer_undoes_the_share_of_the_labels_before_the_ascent(task, split):
-    """Unnormalised, and with unequal numbers of labels: e must be ρ times the gradient of the mean, not of a share."""
+    """Unnormalised, and with unequal numbers of labels: e is ρ times the gradient that the Trainer takes alone."""
     build, rows = TASKS[task]
     size = 3 if "gradient_accumulation_steps" in split else 6
     given = {"ascent_scope": "micro_batch", "per_device_train_batch_size": size, **split}
@@ -126,8 +132,9 @@ def test_the_trainer_undoes_the_share_of_the_labels_before_the_ascent(task, spli
     if "num_micro_batches" in split:
         ((whole, items),) = seen
         seen = [({n: t[rows] for n, t in whole.items()}, items) for rows in (slice(0, 3), slice(3, 6))]
-    losses = [lambda inputs=inputs: before(**inputs).loss for inputs, _ in seen]
-    shares = [0.5 if task == "bert" else float(labels_of(inputs) / items) for inputs, items in seen]
+    counts = [counted(task, inputs) for inputs, _ in seen]
+    losses = [lambda i=inputs, n=n: before(**i, **n).loss for (inputs, _), n in zip(seen, counts, strict=True)]
+    shares = [float(n.get("num_items_in_batch", 3) / (items or 6)) for (_, items), n in zip(seen, counts, strict=True)]
     if task != "bert":
         assert shares[0] != shares[1]
     torch.testing.assert_close(d, by_hand(before, losses, shares), rtol=1e-5, atol=1e-7)
