@@ -24,7 +24,7 @@ help:
 demo: $(VENV)/.core
 	OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false $(BIN)/python examples/demo.py $(ARGS)
 
-PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from tests.support.cases import CASES, MAIN_CASES, Case
+
+PAIRED = {"test_ddp.py", "test_fsdp2.py", "test_methods.py", "test_sharded_state.py"}
+"""Files of `tests/distributed` whose scenarios are run by two processes that start once."""
 
 FEW = ("ssam", "friendly_sam", "looksam")
 """A method without a state, one with a state, and one with a period."""
@@ -15,16 +20,30 @@ FEW = ("ssam", "friendly_sam", "looksam")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what `few_methods` leaves out; give the tests that ask two processes to one worker.
-
-    Otherwise each worker of pytest-xdist would start two processes of its own.
-    """
+    """Mark as slow what `few_methods` leaves out."""
     for item in items:
         few = item.get_closest_marker("few_methods")
         if few is not None and not is_main(item.callspec.params["case"], (*FEW, *few.args)):
             item.add_marker(pytest.mark.slow)
-        if "two_processes" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("two_processes"))
+
+
+class FilesAndPairs(LoadFileScheduling):
+    """A file is run by one worker of pytest-xdist, and so are all files that ask the same two processes.
+
+    Otherwise each worker would start two processes of its own. (`--dist loadgroup`, which is meant for this, has no
+    effect with pytest 9.2 and pytest-xdist 3.8.)
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        in_pairs = file.startswith("tests/distributed/") and Path(file).name in PAIRED
+        return "two processes" if in_pairs else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileScheduling:
+    """How tests are handed to the workers."""
+    return FilesAndPairs(config, log)
 
 
 def is_main(case: Case, methods: tuple[str, ...]) -> bool:
