@@ -65,7 +65,10 @@ class Gradients:
         grad_norm = self.space.norm(g)
         targets = restricted(g, self.perturbed) if window.rho > 0 else {}
         if not targets:
-            return StepReport(window.loss, grad_norm, ~self._agreed(_all_finite(window.loss, grad_norm)))
+            finite = self._agreed(_all_finite(window.loss, grad_norm))
+            if window.loss_scale is not None:  # another rank's overflow must stop this one's scaler too
+                self._hand_on(g, unit, window, finite)
+            return StepReport(window.loss, grad_norm, ~finite)
         context = self._context(self.space.weights(parts(targets)[0]), g, grad_norm, window.rho, clock, state)
         if self._rules.per_example:
             context.fisher = self._passes.squared_gradients(window, self.space)
