@@ -130,8 +130,8 @@ ENGINE = (
 )
 
 TRAINER = (
-    Mutation("trainer/loss_counts.py", "a micro-batch's share is that of its samples", "return self._items(run.inputs) * ranks / num_items", "return run.weight / self.current_gradient_accumulation_steps", SHARES),
-    Mutation("trainer/loss_counts.py", "a part counts for its own labels alone", "num_items * self._items(part) / self._items(whole)", "num_items", SHARES),
+    Mutation("trainer/loss_counts.py", "a micro-batch's share is that of its samples", "return labels.ne(IGNORED).sum() * ranks / num_items", "return run.weight / self.current_gradient_accumulation_steps", SHARES),
+    Mutation("trainer/loss_counts.py", "a part counts for its own labels alone", "num_items * count_labels(model, part) / count_labels(model, whole)", "num_items", SHARES),
     Mutation("trainer/schedules.py", "steps count from the run's first", "(step - start) % interval == 0", "step % interval == 0", SCHEDULES),
     Mutation("trainer/schedules.py", "a ratio is cut off", "min(round(start * max_steps), max_steps - 1)", "int(start * max_steps)", SCHEDULES),
     Mutation("trainer/mixin.py", "ρ follows the first rate given, not the group's", "(group.get(\"initial_lr\", self.args.learning_rate) or 1.0)", "self.args.learning_rate", SCHEDULES),
