@@ -67,15 +67,3 @@ def test_a_skipped_step_spoils_its_gradient_under_a_loss_scale(spoiled, name):
     model.zero_grad()
     engine.step(spoiling(model, batches[1], "loss", 2, torch.inf, scale=4.0), loss_scale=4.0)
     assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("by", [torch.inf, torch.nan])
-def test_a_skipped_step_without_a_radius_spoils_its_gradient_too(by):
-    """`skipped` promises a gradient that is not finite, at ρ = 0 as elsewhere."""
-    model, batches = regression()
-    engine = TwoPass(model, "ssam", 0.0)
-    assert engine.step(spoiling(model, batches[0], "loss", 0, by, scale=4.0), loss_scale=4.0).skipped
-    assert all(p.grad.isnan().all() for p in model.parameters())
-    model.zero_grad()
-    engine.step(spoiling(model, batches[1], "loss", 2, by, scale=4.0), loss_scale=4.0)
-    assert all(p.grad.isfinite().all() for p in model.parameters())

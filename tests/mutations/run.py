@@ -122,7 +122,7 @@ def main(words: list[str]) -> int:
         if end != PASSED:
             print(f"the tests do not pass as they are (pytest ends with {end}): {' '.join(tests)}")
             return 2
-        print(f"{len(tests)} tests or files pass unchanged ({seconds:.0f} s)")
+        print(f"{len(tests)} tests or files pass unchanged ({seconds:.0f} s)", flush=True)
         counts = Counter(equivalent=len(mutations) - len(live))
         for mutation in live:
             verdict, seconds = timed(lambda m=mutation: judged(folder, m))

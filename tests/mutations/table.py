@@ -55,11 +55,15 @@ SCHEDULES = (
     "tests/trainer/test_schedules.py::test_rho_follows_the_share_of_the_first_groups_own_rate",
 )
 CHECKPOINTS = ("tests/trainer/test_checkpoints.py::test_checkpoints_are_sorted_by_step",)
-VECTOR_FILES = ("tests/trainer/test_vector_files.py",)
-IDS = ("tests/trainer/test_sample_ids.py",)
+VECTOR_FILES = (
+    "tests/trainer/test_vector_files.py::test_a_file_of_another_save_is_named",
+    "tests/trainer/test_vector_files.py::test_files_that_lack_a_shard_are_named",
+)
+IDS = ("tests/trainer/test_sample_ids.py::test_sample_ids_belong_to_their_rows",)
 DOUBLE = ("tests/sharpness/test_double_backward.py",)
 SHARP = "tests/sharpness/test_sharpness.py::"
-OBJECTIVE = (SHARP + "TestObjective::test_batches_of_unequal_size_are_one_mean",)
+ONE = "tests/sharpness/test_one_function.py::"
+OBJECTIVE = (ONE + "test_batches_weigh_by_the_labels_that_their_loss_counts",)
 RISE = (
     SHARP + "TestAscentSharpness::test_closed_form_of_one_step",
     SHARP + "TestAscentSharpness::test_m_sharpness_is_the_mean_over_shards",
@@ -126,8 +130,8 @@ ENGINE = (
 )
 
 TRAINER = (
-    Mutation("trainer/loss_counts.py", "a micro-batch's share is that of its samples", "return self._items(run.inputs) * ranks / num_items", "return run.weight / self.current_gradient_accumulation_steps", SHARES),
-    Mutation("trainer/loss_counts.py", "a part counts for its own labels alone", "num_items * self._items(part) / self._items(whole)", "num_items", SHARES),
+    Mutation("trainer/loss_counts.py", "a micro-batch's share is that of its samples", "return labels.ne(IGNORED).sum() * ranks / num_items", "return run.weight / self.current_gradient_accumulation_steps", SHARES),
+    Mutation("trainer/loss_counts.py", "a part counts for its own labels alone", "num_items * count_labels(model, part) / count_labels(model, whole)", "num_items", SHARES),
     Mutation("trainer/schedules.py", "steps count from the run's first", "(step - start) % interval == 0", "step % interval == 0", SCHEDULES),
     Mutation("trainer/schedules.py", "a ratio is cut off", "min(round(start * max_steps), max_steps - 1)", "int(start * max_steps)", SCHEDULES),
     Mutation("trainer/mixin.py", "ρ follows the first rate given, not the group's", "(group.get(\"initial_lr\", self.args.learning_rate) or 1.0)", "self.args.learning_rate", SCHEDULES),
@@ -145,17 +149,17 @@ SHARPNESS = (
     Mutation("sharpness/symmetry.py", "asymmetry is let through", "if found > allowed:", "if False:", DOUBLE),
     Mutation("sharpness/symmetry.py", "u and v are one", "for seed in (0, 1))", "for seed in (0, 0))", DOUBLE),
     Mutation("sharpness/objective.py", "a mean of means", "visit(loss, leaves, items / self.total)", "visit(loss, leaves, 1 / 2)", OBJECTIVE),
-    Mutation("sharpness/objective.py", "every pass draws other dropout", "            self._draws.restore()\n", "", (SHARP + "TestObjective::test_train_mode_is_one_function_with_dropout_and_batch_statistics",)),
+    Mutation("sharpness/objective.py", "every pass draws other dropout", "            self._draws.restore()\n", "", (ONE + "test_draws_between_two_measurements_change_neither",)),
     Mutation("sharpness/ascent_gap.py", "shards count alike", "rise += share * (", "rise += (", RISE),
-    Mutation("sharpness/ascent_gap.py", "a direction that is no unit vector", "length(scaled).clamp_min(", "length(scaled).clamp_min(1.0 + ", RISE),
+    Mutation("sharpness/ascent_gap.py", "a direction that is no unit vector", "length(scaled).clamp_min(", "length(scaled).clamp_min(1.0 + ", (ONE + "test_the_ball_has_the_same_radius_however_flat_the_loss_is",)),
     Mutation("sharpness/edges.py", "SSAM's edge without γ", "factor = self.scale if self.method == \"ssam\" else 1.0", "factor = 1.0", EDGES),
     Mutation("sharpness/lanczos.py", "the last vector is not taken out", "objective.add_product(q, out.mul_(-beta))", "objective.add_product(q, out.mul_(0.0))", (SHARP + "TestEigenvalues::test_exact_on_a_diagonal_quadratic",)),
     Mutation("sharpness/probe.py", "an iterator is read once and then empty", "if isinstance(batches, Iterator):", "if False:", (SHARP + "TestRefusals::test_batches_that_can_be_read_once",)),
 )
 
 HUB = (
-    Mutation("hub/push.py", "an adapter over a whole model", "if is_peft_model(model) != (\"adapter_config.json\" in content):", "if False:", ("tests/hub/test_hub.py",)),
-    Mutation("hub/push.py", "the command drops the branch", "words += [\"--revision\", revision] if revision else []", "words += []", ("tests/hub/test_hub.py",)),
+    Mutation("hub/push.py", "an adapter over a whole model", "if is_peft_model(model) != (\"adapter_config.json\" in content):", "if False:", ("tests/hub/test_push_decisions.py",)),
+    Mutation("hub/push.py", "the command drops the branch", "words += [\"--revision\", revision] if revision else []", "words += []", ("tests/hub/test_push_decisions.py",)),
 )
 
 MUTATIONS = (*RULES, *METHODS, *ENGINE, *TRAINER, *SHARPNESS, *HUB)
