@@ -10,6 +10,8 @@ def row(method: Method) -> str:
     options = ", ".join(f"`{name}={option.default}`" for name, option in method.options.items())
     paper = f"[{method.paper.title}]({method.paper.url}), {method.paper.year}"
     summary = method.summary.replace("|", "\\|")
+    if method.experimental:
+        summary += f" *Experimental: {method.experimental}.*"
     return f"| `{method.name}` | {summary} | {method.rho:g} | {method.passes} | {options} | {paper} |"
 
 

@@ -61,11 +61,16 @@ def plain(name: Any) -> str:
 
 def optim_help(methods: Mapping[str, Method]) -> str:
     """The help of `--optim`."""
-    rows = "; ".join(f"`{m.name}` ({m.paper.title}, rho {m.rho:g}, {m.passes} passes)" for m in methods.values())
+    rows = "; ".join(map(_row, methods.values()))
     return _for_argparse(
         "A sharpness-aware method, one that you registered, or any stock optimizer name for plain training. "
         f"Methods: {rows}."
     )
+
+
+def _row(method: Method) -> str:
+    mark = ", experimental" if method.experimental else ""
+    return f"`{method.name}` ({method.paper.title}, rho {method.rho:g}, {method.passes} passes{mark})"
 
 
 def options_help(methods: Mapping[str, Method]) -> str:
