@@ -119,9 +119,15 @@ class Gradients:
         """What is in `.grad`, in the units of the loss.
 
         Raises:
-            ValueError: if the passes left no gradient at all.
+            ValueError: if the passes left no gradient at all, or a sparse one.
         """
         grads = self.space.grads()
+        sparse = next((n for n, t in grads.items() if t.layout != torch.strided), None)
+        if sparse is not None:
+            raise ValueError(
+                f"model: the gradient of `{sparse}` is sparse, which has no norm to perturb by; call embedding with "
+                "sparse=False."
+            )
         if not grads:
             raise ValueError(
                 "run_pass: no parameter has a gradient after it; let it call `loss.backward()` (or "
@@ -153,7 +159,7 @@ class Gradients:
 
 
 def _unit(window: AccumulationWindow, scope: str) -> Unit:
-    """What the window's gradient is a multiple of: the loss scale, and its share where it ascends by itwindow."""
+    """What the window's gradient is a multiple of: the loss scale, and its share where it ascends by itself."""
     share = 1.0 if scope == "global" else window.share
     if isinstance(share, Tensor):  # of no counted item: its gradient is zero in any unit
         share = torch.where(share == 0, torch.ones_like(share), share)

@@ -28,7 +28,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters with `requires_grad`, by stable name; tied weights appear once.
 
     Raises:
-        ValueError: if there is none, or one gets sparse gradients.
+        ValueError: if there is none, or one is complex or gets sparse gradients.
     """
     for name, module in unwrapped(model).named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
@@ -36,6 +36,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
                 f"model: `{name}` has sparse gradients, which have no norm to perturb by; build it with sparse=False."
             )
     named = {stable_name(n): p for n, p in unwrapped(model).named_parameters() if p.requires_grad}
+    for name, p in named.items():
+        if p.is_complex():
+            raise ValueError(
+                f"model: `{name}` is complex, and a perturbation has the length of real numbers; keep its real and "
+                "imaginary parts as two parameters (`torch.view_as_real`), or freeze it."
+            )
     if not named:
         raise ValueError(
             f"model: no parameter of {type(unwrapped(model)).__name__} requires a gradient, so there is nothing to "
