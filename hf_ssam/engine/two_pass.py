@@ -66,8 +66,7 @@ class TwoPass:
         clock: where the run is; a host may set `elapsed` and `lr` before a step.
 
     Raises:
-        ValueError: for an unknown method, option, scope or pattern, a value out of range, or a model without trainable
-            parameters.
+        ValueError: for an argument that cannot work, or a model without trainable parameters.
     """
 
     def __init__(
@@ -99,7 +98,6 @@ class TwoPass:
         self._state = MethodState()
         self._window: AccumulationWindow | None = None
         self._reports: list[StepReport] = []
-        self._at_work = False
         self._built_with = (model, scope, replay_rng, offload_snapshot, per_sample_loss, dataset_size)
         self._build(*self._built_with)
 
@@ -182,8 +180,7 @@ class TwoPass:
         if self.is_open:
             self._abandon()
         self._checks.before_step()
-        self._reports = []
-        self._at_work = False
+        self._reports, self._at_work = [], False
         self._state.begin()
         self.ranks.begin()
         self._window = self._new_window(loss_scale)
@@ -191,7 +188,7 @@ class TwoPass:
     def first_pass(
         self, run: RunPass, share: float | Tensor = 1.0, samples: Tensor | None = None, labels: Any = None
     ) -> Tensor:
-        """Run one micro-batch at `w`, and under `micro_batch` its second pass as well.
+        """Run one micro-batch at `w`, and under `micro_batch` its second pass as well; returns its loss, detached.
 
         Args:
             run: `() -> loss`.
@@ -199,10 +196,6 @@ class TwoPass:
                 the ascent, so that `e = ρ g` has the length it would have alone.
             samples: dataset indices of its samples, shape (B,), for methods that keep a score of each.
             labels: its labels, where the host takes them out before the model sees them.
-
-        Returns:
-            The loss, detached.
-
         """
         if not self.is_open:
             raise RuntimeError("first_pass: no step has begun; call begin first, or step, which does it all.")
@@ -224,9 +217,7 @@ class TwoPass:
             RuntimeError: if no step has begun, or none of its first passes has run.
         """
         if not (self._reports or self.is_open and self._window.records):
-            raise RuntimeError(
-                "finish: no step has begun; call begin first, and first_pass for each micro-batch, or step alone."
-            )
+            raise RuntimeError("finish: no step has begun; call begin first, then first_pass for each micro-batch.")
         with self._abandoned_on_error():
             reports = self._reports or [self._close(self._window)]
             self.ranks.average()

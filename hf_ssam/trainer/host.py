@@ -48,7 +48,7 @@ GRADIENT_STATE = "accelerate.state.GradientState"
 DDP = "torch.nn.parallel.DistributedDataParallel"
 FSDP = "torch.distributed.fsdp.FSDPModule"
 _MANY = "one call for many tensors (law 7)"
-_FOREACH = ("add", "add_", "addcmul_", "clone", "copy_", "div", "maximum_", "mul", "mul_", "norm", "sqrt")
+_FOREACH = ("abs_", "add", "add_", "addcmul_", "clone", "copy_", "div", "maximum_", "mul", "mul_", "norm", "sqrt")
 
 HOOKS = (
     # The run: the engine is built, steps, and is saved here.
@@ -80,6 +80,9 @@ HOOKS = (
         ("resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
         "half-written checkpoints are passed over, and the hooks are watched",
     ),
+    Hook(TRAINER, "_save_checkpoint", "overrides", ("model", "trial"), "an earlier save's proof goes first"),
+    Hook(TRAINER, "_get_output_dir", "calls", ("trial",), "the folder that the checkpoint is in"),
+    Hook(TRAINER, "_save", "overrides", ("output_dir", "state_dict"), "training_args.bin is pickled without secrets"),
     Hook(TRAINER, "log", "overrides", ("logs", "start_time"), "the step report joins the entry with the loss"),
     # The optimizer.
     Hook(TRAINER, "create_optimizer", "overrides", ("model",), "the base optimizer's name is given inside"),
@@ -111,6 +114,8 @@ HOOKS = (
         "the first batch tells whether the loss heeds num_items_in_batch",
     ),
     Hook(TRAINER, "_get_num_items_in_batch", "calls", ("batch_samples", "device"), "the count, once that is mended"),
+    Hook(TRAINER, "loss_is_scaled_for_ga", "reads", (), "whether a Trainer has said how its loss is scaled"),
+    Hook(TRAINER, "label_smoother", "reads", (), "whether the loss is the model's own"),
     Hook(TRAINER, "_prepare_inputs", "calls", ("inputs",), "a forward that nobody sees, on the Trainer's device"),
     Hook(TRAINER, "_loss_shifts_labels", "reads", (), "how many labels of a micro-batch the loss counts"),
     # A pass that is run again.
@@ -133,6 +138,7 @@ HOOKS = (
     Hook(DDP, "gradient_as_bucket_view", "reads", (), "whether a second pass overwrites the first one's gradients"),
     Hook(DDP, "find_unused_parameters", "reads", (), "which gradients may be missing"),
     Hook(DDP, "static_graph", "reads", (), "refused where steps differ in their passes"),
+    Hook(DDP, "_join_config", "reads", (), "joined uneven inputs are refused"),
     Hook(DDP, "process_group", "reads", (), "the ranks that hold a replica"),
     Hook(FSDP, "set_requires_gradient_sync", "calls", ("requires_gradient_sync",), "what no_sync is to DDP"),
     Hook(FSDP, "unshard", "calls", (), "gradients that a dead pass left on gathered weights are dropped"),
@@ -141,6 +147,8 @@ HOOKS = (
     Hook("torch._utils", "_unflatten_dense_tensors", "calls", ("flat", "tensors"), "one collective a bucket"),
     # Tensors and modules.
     *(Hook("torch", f"_foreach_{operation}", "calls", (), _MANY) for operation in _FOREACH),
+    Hook("torch.Tensor", "_version", "reads", (), "whether a tensor was written to"),
+    Hook("torch.Tensor", "_post_accumulate_grad_hooks", "reads", (), "optimizers that step in backward are refused"),
     Hook("torch.nn.Module", "_buffers", "reads", (), "buffers are put back, by slot"),
     Hook("torch.nn.modules.batchnorm", "_BatchNorm", "reads", (), "layers that normalise by running statistics"),
     Hook("torch.autograd.function.FunctionMeta", "_forward_cls", "reads", (), "which custom backward has no second"),
