@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_ssam import METHODS, TwoPass
+from hf_ssam.methods.ausam import average_rise
 from hf_ssam.rules import tensors
+from hf_ssam.rules.state import MethodState
 
 
 class Counter(TorchDispatchMode):
@@ -118,6 +120,19 @@ def test_an_accelerators_step_holds_one_copy_of_the_weights(monkeypatch):
     monkeypatch.setattr(tensors, "HOST", frozenset())
     model_bytes = sum(p.nbytes for p in network(10).parameters())
     assert model_bytes <= counted("ssam", 10, steps=3).allocated < 1.1 * model_bytes
+
+
+@pytest.mark.parametrize("size", [1_000, 100_000])
+def test_scores_of_samples_cost_what_the_step_has_not_the_data_set(size):
+    """AUSAM's second step allocates for its own samples only; the two tables of scores are written in place."""
+    state = MethodState()
+    for step in range(2):
+        with Counter() as counter:
+            average_rise(torch.tensor([3, 1, 3]), torch.tensor([0.5, 1.0, 1.5]), state, size)
+            state.commit(torch.tensor(True))
+        assert step == 0 or counter.allocated < 2_000
+    assert state.plain("samples.count")[[1, 3]].tolist() == [2.0, 4.0]
+    assert state.plain("samples.mean")[[1, 3]].tolist() == [1.0, 1.0]
 
 
 def _is_view(name: str) -> bool:

@@ -329,7 +329,7 @@ def test_without_replay_the_second_pass_draws_its_own_dropout():
     assert (r := TwoPass(model, "sam", 1e-30, replay_rng=False).step(faulty_run(model, x))).loss != r.ascent_loss
 
 
-@pytest.mark.parametrize("rho", [-0.1, math.nan, math.inf, "0.1", True])
+@pytest.mark.parametrize("rho", [-0.1, math.nan, math.inf, 3.5e38, "0.1", True])
 def test_a_bad_radius_is_refused(rho):
     with pytest.raises(ValueError, match=r"rho: .* choose a finite number from 0"):
         TwoPass(nn.Linear(2, 2), "ssam", rho)

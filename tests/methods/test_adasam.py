@@ -108,3 +108,10 @@ def test_the_trainer_builds_it_with_the_adam_arguments():
 def test_a_value_out_of_range_is_refused(options):
     with pytest.raises(ValueError, match="AdaSAM: .* are not allowed together"):
         AdaSAM([nn.Parameter(torch.zeros(1))], **options)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-30, -1e-8])
+def test_an_epsilon_whose_square_float32_does_not_hold_is_refused(eps):
+    """ε² = 0 would divide a zero moment by zero."""
+    with pytest.raises(ValueError, match="AdaSAM: .* are not allowed together; choose .* eps from 1.1e-19"):
+        AdaSAM([torch.nn.Parameter(torch.zeros(2))], eps=eps)
