@@ -1,5 +1,5 @@
 # `make demo`, `make test` and `make test-all` set up all they need, in .venv, from Python 3.11 or later; a second run starts at once.
-# make test                       runs what guards every law, in a few minutes; make test-all runs everything
+# make test                       runs what guards every law; make test-all runs everything, `slow` tests too
 # make test ARGS="tests/rules"    runs a part of it
 # make test JOBS=0                runs it in one process
 # make mutate ARGS="rules/ hub/"  breaks the package on purpose and names what no test notices (all of it without ARGS)
