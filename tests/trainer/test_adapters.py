@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_ssam import TwoPass
-from hf_ssam.engine import two_pass
+from hf_ssam.engine import passes
 from tests.support.cases import (
     MAIN_CASES,
     Case,
@@ -87,12 +87,12 @@ def test_only_what_trains_is_remembered(kind: str, monkeypatch):
     build, data, trains = KINDS[kind]
     model, sizes = build(), []
 
-    class Counting(two_pass.Snapshot):
+    class Counting(passes.Snapshot):
         def __init__(self, tensors, offload=False):
             super().__init__(tensors, offload)
             sizes.append(sum(t.numel() for t in self.copies))
 
-    monkeypatch.setattr(two_pass, "Snapshot", Counting)
+    monkeypatch.setattr(passes, "Snapshot", Counting)
     perturbed(model, data(), Case("sam"))
     assert sizes == [sum(p.numel() for n, p in model.named_parameters() if trains(n))]
     assert sizes[0] < 0.2 * sum(p.numel() for p in model.parameters())
