@@ -73,9 +73,10 @@ class Gradients:
         if self._rules.per_example:
             context.fisher = self._passes.squared_gradients(window, self.space)
         window.at_work = True
+        del g, targets  # the context alone holds on to the gradient, and lets go of it before the second pass
         if not self._rules.second_pass.taken(clock.steps):
             return self._with_one(window, context, unit)
-        return self._with_two(window, context, targets, unit)
+        return self._with_two(window, context, unit)
 
     def _with_one(self, window: AccumulationWindow, context: StepContext, unit: Unit) -> StepReport:
         """A window that takes no second pass."""
@@ -85,11 +86,12 @@ class Gradients:
         moved = None if self._rules.first_offset is None else context.rho * context.norm(window.first_offset)
         return StepReport(window.loss, context.grad_norm, ~finite, perturbation_norm=moved, scale=context.scale)
 
-    def _with_two(self, window: AccumulationWindow, context: StepContext, targets: Vector, unit: Unit) -> StepReport:
+    def _with_two(self, window: AccumulationWindow, context: StepContext, unit: Unit) -> StepReport:
         """A window that takes a second pass, at `w + ρ u`."""
         keeps = self._rules.keeps_gradient
         if keeps and self._ranks.overwrites_gradients:
             context.g = copied(context.g)
+        targets = restricted(context.g, self.perturbed)
         u = self._rules.ascent(targets, context)
         perturbation_norm = context.rho * context.norm(u)
         spent = not keeps and parts(u)[0] is parts(targets)[0]  # u is a multiple of g, and g is read no more
