@@ -1,51 +1,39 @@
 """The one table of methods: the command line's help, the README, the model card and the tests read it.
 
-Nothing of it is written twice. A new paper is one file beside this one and one name in `_BUILT_IN`; a method of your
-own is a `Method` given to `register_method`.
+Nothing of it is written twice. A new paper is one file beside this one: every `Method` that a file of this folder
+defines is a row. A method of your own, in your own code, is a `Method` given to `register_method`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from . import (
-    adasam,
-    asam,
-    ausam,
-    esam,
-    friendly_sam,
-    gsam,
-    looksam,
-    momentum_sam,
-    sam,
-    sparse_sam,
-    ssam,
-    usam,
-    vasso,
-    wsam,
-)
 from .method import Method
 
-_BUILT_IN = (
-    ssam.METHOD,
-    sam.METHOD,
-    usam.METHOD,
-    asam.METHOD,
-    friendly_sam.METHOD,
-    looksam.METHOD,
-    looksam.LAYERWISE,
-    sparse_sam.METHOD,
-    esam.METHOD,
-    ausam.METHOD,
-    gsam.METHOD,
-    wsam.METHOD,
-    vasso.METHOD,
-    momentum_sam.METHOD,
-    adasam.METHOD,
-)
-_TABLE = {method.name: method for method in _BUILT_IN}
+DEFAULT = "ssam"
+"""The method of `optim` where none is named, and the first row."""
+
+
+def _defined() -> Iterator[Method]:
+    """The methods that the files of this package define."""
+    for file in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if file.name != "table":
+            names = vars(importlib.import_module(f".{file.name}", __package__))
+            yield from (value for value in names.values() if isinstance(value, Method))
+
+
+def _rows() -> dict[str, Method]:
+    """The default first, then by the year of the paper."""
+    methods = sorted(_defined(), key=lambda m: (m.name != DEFAULT, m.paper.year, m.name))
+    return {method.name: method for method in methods}
+
+
+_TABLE = _rows()
 
 METHODS: Mapping[str, Method] = MappingProxyType(_TABLE)
 """The live table, by name."""
