@@ -85,6 +85,9 @@ class Adapters:
     def __init__(self, rule: AdapterRule, layers: list[LoraLayer], ranks: Ranks, method: str):
         self._rule, self._layers, self._ranks, self._method = rule, layers, ranks, method
         rule.layers = layers
+        outputs = [functools.partial(rule.output, index) for index in range(len(layers))]
+        pairs = zip(layers, outputs, strict=True) if rule.replaces_output else ()
+        self._replacements = [_Replacement(layer, output) for layer, output in pairs]
 
     def begin(self, context: StepContext, clock: Clock) -> None:
         """A step begins.
@@ -102,13 +105,13 @@ class Adapters:
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
         """A pass of the step: the frozen layers' outputs are the rule's."""
-        if not self._rule.replaces_output:
+        for replacement in self._replacements:
+            replacement.install()
+        try:
             yield
-            return
-        with contextlib.ExitStack() as stack:
-            for index, layer in enumerate(self._layers):
-                stack.enter_context(_replaced(layer, functools.partial(self._rule.output, index)))
-            yield
+        finally:
+            for replacement in self._replacements:
+                replacement.remove()
 
     def finish(self, g: Vector, context: StepContext, finite: Tensor, inverse_unit: float | Tensor) -> Any:
         """The step's gradient is final; returns the length of the perturbation."""
@@ -121,31 +124,32 @@ class Adapters:
         return self._rule.finish(g, context, finite, average)
 
 
-@contextlib.contextmanager
-def _replaced(layer: LoraLayer, output: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]) -> Iterator[None]:
-    """Let `output` answer for the frozen layer, while the layer's own adapter is the active one."""
-    base = layer.base
-    attributes, plain = vars(base), base.forward
-    own = {"forward": attributes["forward"]} if "forward" in attributes else {}
+class _Replacement:
+    """Lets `output` answer for a frozen layer, while the layer's own adapter is the active one.
 
-    @torch.compiler.disable
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not layer.is_shown or args or kwargs:
-            return plain(x, *args, **kwargs)
-        return output(_autocast(x), plain)
+    One function for the whole of a run: a compiler would take another one for another model.
+    """
 
-    attributes["forward"] = forward
-    try:
-        yield
-    finally:
-        del attributes["forward"]
-        attributes.update(own)
+    def __init__(self, layer: LoraLayer, output: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]):
+        self._attributes, plain = vars(layer.base), layer.base.forward
+        self._own = {"forward": plain} if "forward" in self._attributes else {}
 
+        @torch.compiler.disable
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if not layer.is_shown or args or kwargs:
+                return plain(x, *args, **kwargs)
+            return output(x, plain)
 
-def _autocast(x: Tensor) -> Tensor:
-    """`x` as autocast would give it to a linear layer."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        self._forward = forward
+
+    def install(self) -> None:
+        """From now on."""
+        self._attributes["forward"] = self._forward
+
+    def remove(self) -> None:
+        """The frozen layer answers for itself again."""
+        self._attributes.pop("forward", None)
+        self._attributes.update(self._own)
 
 
 def adapters_of(

@@ -94,8 +94,7 @@ class Gradients:
     def _moved(self, window: AccumulationWindow, context: StepContext, unit: Unit, finite: Tensor) -> Tensor | None:
         """How far from the model's own weights the first passes were taken; None where they were taken at `w`."""
         if self._passes.adapters is not None:
-            length = self._passes.adapters.finish(context.g, context, finite, unit.inverse)
-            return torch.as_tensor(length, device=finite.device)
+            return self._passes.adapters.finish(context.g, context, finite, unit.inverse)
         return None if self._rules.first_offset is None else context.rho * context.norm(window.first_offset)
 
     def _with_two(self, window: AccumulationWindow, context: StepContext, unit: Unit) -> StepReport:
@@ -132,7 +131,7 @@ class Gradients:
     def _loss(self, window: AccumulationWindow) -> Tensor:
         """The mean loss of the samples that ascend together, shape ()."""
         if self._ranks.scope != "global":
-            return window.loss / window.share
+            return window.loss / _share(window, self._ranks.scope)
         loss = window.loss.clone()
         self._ranks.average_over_data([loss])
         return loss
@@ -180,11 +179,17 @@ class Gradients:
         return StepContext(self.space, w, g, grad_norm, rho, clock.steps, state, clock.progress, clock.lr or 0.0)
 
 
+def _share(window: AccumulationWindow, scope: str) -> float | Tensor:
+    """What the window's loss is a multiple of: its share of the batch, where it ascends by itself."""
+    share = 1.0 if scope == "global" else window.share
+    if isinstance(share, Tensor):  # of no counted item: its loss and gradient are zero in any unit
+        share = torch.where(share == 0, torch.ones_like(share), share)
+    return share
+
+
 def _unit(window: AccumulationWindow, scope: str) -> Unit:
     """What the window's gradient is a multiple of: the loss scale, and its share where it ascends by itself."""
-    share = 1.0 if scope == "global" else window.share
-    if isinstance(share, Tensor):  # of no counted item: its gradient is zero in any unit
-        share = torch.where(share == 0, torch.ones_like(share), share)
+    share = _share(window, scope)
     return Unit(share if window.loss_scale is None else share * window.loss_scale)
 
 

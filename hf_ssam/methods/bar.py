@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..rules.adapters import AdapterRule, Average
 from ..rules.context import NEVER, StepContext
-from ..rules.tensors import Vector
+from ..rules.tensors import Vector, restricted
 from .method import Method, Paper, Rules
 
 PAPER = Paper(
@@ -37,7 +37,7 @@ Choice = Callable[[StepContext, Vector, list[str], list[str]], Tensor]
 
 def by_gradient(context: StepContext, g: Vector, xs: list[str], ys: list[str]) -> Tensor:
     """X grows where its gradient is the longer one: the factor with the longer gradient is the shorter factor."""
-    return context.space.norms({n: g[n] for n in xs}) >= context.space.norms({n: g[n] for n in ys})
+    return context.space.norms(restricted(g, xs)) >= context.space.norms(restricted(g, ys))
 
 
 def by_weight(context: StepContext, g: Vector, xs: list[str], ys: list[str]) -> Tensor:
@@ -75,9 +75,9 @@ class Balance(AdapterRule):
         pairs = [(p.B, p.A) for p in self.layers if p.B in g and p.A in g]
         xs, ys = [x for x, _ in pairs], [y for _, y in pairs]
         if not pairs:
-            return torch.zeros(())
-        sign = torch.where(self._choice(context, g, xs, ys), 1.0, -1.0)
-        a = torch.where(finite.to(sign.device), context.rho * context.lr, 0.0)
+            return torch.zeros((), device=finite.device)
+        grows = self._choice(context, g, xs, ys).to(context.grad_norm.dtype)
+        sign, a = 2 * grows - 1, finite.to(grows.device, grows.dtype) * (context.rho * context.lr)
         both = context.space.weights([*xs, *ys])
         moved = a * context.space.norm(both)
         factors = torch.cat([1 + a * sign, 1 - a * sign])

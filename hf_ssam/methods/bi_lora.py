@@ -61,6 +61,7 @@ class AscendingAdapter(AdapterRule):
         super().__init__()
         self._r, self._lr_ratio, self._adam, self._seed = r, lr_ratio, adam, seed
         self._start: dict[str, Tensor] = {}
+        self._factors: dict[str, Tensor] = {}
 
     def begin(self, context: StepContext) -> None:
         """Take up the adapter as the last applied step left it, to collect gradients."""
@@ -68,12 +69,12 @@ class AscendingAdapter(AdapterRule):
             for index, layer in enumerate(self.layers):
                 self._start |= start(layer, self._r, self._seed * 1_000_003 + index)
         count = context.state.plain(COUNT)
-        kept = {n: context.state.plain(n) for n in self._start} if count is not None else self._start
+        kept = {n: context.state.plain(n) for n in self._start}
         begun = None if count is None else count > 0
-        self._factors = {
-            n: (t if begun is None else torch.where(begun.to(t.device), t, self._start[n])).requires_grad_()
-            for n, t in ((n, t.detach().clone()) for n, t in kept.items())
-        }
+        self._factors = {}
+        for name, first in self._start.items():
+            now = first.clone() if begun is None else torch.where(begun.to(first.device), kept[name].to(first), first)
+            self._factors[name] = now.requires_grad_()
 
     def output(self, index: int, x: Tensor, base: Base) -> Tensor:
         """`W x + b + B₂ A₂ x`."""

@@ -63,7 +63,7 @@ class MergedNoise(AdapterRule):
         """`(W + E) x + b`."""
         if self._strength == 0:
             return base(x)
-        layer = self.layers[index]
+        layer, x = self.layers[index], autocast(x)
         if index not in self._norms:
             self._norms[index] = merged_row_norms(layer)
         scales = self._norms[index] * (self._strength / math.sqrt(layer.in_features))
@@ -71,12 +71,18 @@ class MergedNoise(AdapterRule):
         bias = layer.bias()
         return y if bias is None else y + bias.to(y.dtype)
 
-    def finish(self, g: Vector, context: StepContext, finite: Tensor, average: Average) -> Any:
+    def finish(self, g: Vector, context: StepContext, finite: Tensor, average: Average) -> Tensor:
         """The root of `E ‖E‖²`: f_t σ ‖W'‖ over the layers that were called."""
         if not self._norms:
-            return 0.0
+            return torch.zeros((), device=finite.device)
         device = next(iter(self._norms.values())).device
         return self._strength * torch.linalg.vector_norm(torch.cat([n.to(device) for n in self._norms.values()]))
+
+
+def autocast(x: Tensor) -> Tensor:
+    """`x` as autocast gives it to a linear layer."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 @torch.no_grad()
@@ -105,8 +111,8 @@ class _Product(torch.autograd.Function):
         return torch.nn.functional.linear(x, weight(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradient @ ctx.weight(gradient.dtype), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        return gradient @ ctx.weight(gradient.dtype) if ctx.needs_input_grad[0] else None, None
 
 
 def flat_lora(growing: bool, seed: int) -> Rules:

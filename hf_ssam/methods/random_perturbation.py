@@ -4,7 +4,8 @@
 
 One gradient, at a random neighbour of `w`: descent on the loss smoothed by a Gaussian, as LPF-SGD has it with one
 sample. The noise of a row is as long as σ times the row, the filter-wise form of the paper's code up to the factor √n,
-which makes σ a relative size. `rho` is σ. Every micro-batch of a step and every replica sees the same noise.
+which makes σ a relative size. `rho` is σ. Every micro-batch of a step and every replica sees the same noise. The
+running statistics of BatchNorm are those of the one pass there is, at `w + e`.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ the output of the frozen layer. And it may look at the finished gradient of A an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .context import StepContext
@@ -79,7 +80,7 @@ class AdapterRule:
         """What the frozen layer `index` gives for `x`, in a pass of this step."""
         return base(x)
 
-    def finish(self, g: Vector, context: StepContext, finite: Tensor, average: Average) -> Any:
+    def finish(self, g: Vector, context: StepContext, finite: Tensor, average: Average) -> Tensor:
         """The gradient `g` is final, before the optimizer's step.
 
         Args:
@@ -89,6 +90,6 @@ class AdapterRule:
             average: for gradients that no host reduces.
 
         Returns:
-            The length of the perturbation, shape (), or a number.
+            The length of the perturbation, shape ().
         """
-        return 0.0
+        return torch.zeros((), device=finite.device)

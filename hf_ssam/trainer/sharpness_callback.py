@@ -116,7 +116,7 @@ class SharpnessCallback(TrainerCallback):
 
     def _edges(self, eigenvalue: float, rho: float, g: Tensor, ascended: Tensor | None) -> dict[str, float]:
         lr = self.trainer.lr_scheduler.get_last_lr()[0]
-        if lr <= 0:
+        if lr <= 0 or self.trainer.args.rho_unit != "weight":  # the edges are of a radius that is a length
             return {}
         self._warn_about_base()
         norm = length(g).item()

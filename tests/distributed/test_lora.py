@@ -19,16 +19,12 @@ each_lora = pytest.mark.parametrize("case", LORA_CASES, ids=lambda c: c.method)
 @each
 def test_ranks_hold_the_same_bits_and_those_of_one_process_to_rounding(adapters: Runs, case: Case):
     """Laws 4 and 5: noise, choice and second adapter come from the step and from reduced gradients."""
-    alone = ran(
-        case, model_of(case), lm_data(60), per_device_train_batch_size=12, max_steps=6, base_optim="adamw_torch"
-    )
+    given = {"per_device_train_batch_size": 12, "max_steps": 6, "base_optim": "adamw_torch"}
+    alone = ran(case, model_of(case), lm_data(60), **given)
     first, second = adapters[f"averaged/{case.method}"]
     assert_identical(first["weights"], second["weights"])
     assert_close(first["weights"], alone["weights"], 1e-7)
-    plain = ran(
-        Case(case.method, case.options, 0.0), model_of(case), lm_data(60),
-        per_device_train_batch_size=12, max_steps=6, base_optim="adamw_torch",
-    )  # fmt: skip
+    plain = ran(Case(case.method, case.options, 0.0), model_of(case), lm_data(60), **given)
     gap = max((plain["weights"][n] - t).abs().max() for n, t in alone["weights"].items())
     assert gap > 1e-5, "the method must matter"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from hf_ssam import TwoPass
+from hf_ssam.methods import flat_lora as flat_lora_module
 from hf_ssam.methods.bi_lora import product_square
 from hf_ssam.methods.flat_lora import merged_row_norms, noisy
 from tests.support.cases import ADAPTER_CASES, Case, assert_identical, weights
@@ -240,23 +242,29 @@ def test_flat_lora_grows_its_noise_by_half_a_cosine_from_nothing():
     assert growth == pytest.approx([(1 - math.cos(math.pi * t / STEPS)) / 2 for t in range(STEPS)], rel=0.1)
 
 
-def test_flat_lora_keeps_no_matrix_between_forward_and_backward():
-    """What autograd holds on to are the layers' inputs and small factors: never as many numbers as W has."""
-    torch.manual_seed(0)
-    model = get_peft_model(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)), LoraConfig(
-        r=2, target_modules=["0", "2"]
-    ))  # fmt: skip
-    held = []
-    base = {p.data_ptr() for p in model.parameters()}
+def test_flat_lora_keeps_no_matrix_between_forward_and_backward(monkeypatch):
+    """Each noisy weight is let go after its product, and made once more, with the same bits, in the backward pass."""
+    model, made, alive = network(), [], []
+
+    def recorded(*given) -> Tensor:
+        result = noisy(*given)
+        made.append((weakref.ref(result), result.clone()))
+        return result
+
+    monkeypatch.setattr(flat_lora_module, "noisy", recorded)
 
     def run() -> Tensor:
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (held.append(t), t)[1], lambda t: t):
-            loss = model(torch.randn(4, 64)).square().mean()
+        loss = nn.functional.mse_loss(model(x), y)
+        alive.append([ref() is not None for ref, _ in made])
         loss.backward()
         return loss
 
+    x, y = batches()[0]
+    x.requires_grad_()
     engine_for(model, Case("flat_lora", {"growing": False}), 0.1).step(run)
-    assert held and all(t.numel() < 64 * 64 for t in held if t.data_ptr() not in base)
+    assert alive == [[False, False]]
+    (_, first), (_, second), (_, second_again), (_, first_again) = made
+    assert torch.equal(first, first_again) and torch.equal(second, second_again)
 
 
 def test_flat_lora_adds_to_bf16_weights_in_float32():

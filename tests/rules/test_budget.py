@@ -67,9 +67,10 @@ def test_a_vanishing_gradient_moves_nothing_beyond_rho_max():
     model.c, model.d = model.c * 1e-20, model.d * 1e-20
     report = stepped(model, TwoPass(model, "sam", 0.2, rho_unit="loss", rho_max=0.3))
     assert report.perturbation_norm <= 0.3 * (1 + 1e-9)
+    model.zero_grad()
     model.c, model.d = model.c * 0, model.d * 0
-    report = stepped(model, engine := TwoPass(model, "sam", 0.2, rho_unit="loss"))
-    assert engine.rho == 0.2 and report.perturbation_norm == 0 and not report.skipped
+    report = stepped(model, TwoPass(model, "sam", 0.2, rho_unit="loss"))
+    assert report.perturbation_norm == 0 and not report.skipped
 
 
 def test_a_micro_batch_takes_the_share_of_its_own_loss():

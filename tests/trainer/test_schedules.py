@@ -58,8 +58,9 @@ def perturbations(**given) -> list[float | None]:
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)
 def test_rho_follows_its_schedule_through_the_trainer(name: str):
-    expected = [0.2 * CLOSED_FORMS[name](t, 6) or None for t in range(6)]  # a step without a radius is a plain one
-    assert perturbations(max_steps=6, rho_scheduler_type=name) == pytest.approx(expected, rel=1e-5)
+    expected = [0.2 * CLOSED_FORMS[name](t, 6) for t in range(6)]
+    found = [e or 0.0 for e in perturbations(max_steps=6, rho_scheduler_type=name)]  # without a radius: a plain step
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_rho_warms_up_with_the_learning_rate_and_stays():
