@@ -13,9 +13,9 @@ from torch import nn
 from tests.distributed.fsdp2_worker import lora, refused, sharded
 from tests.distributed.launching import Scenario
 from tests.distributed.scenarios import ran, resumed
-from tests.support.cases import ADAPTER_CASES, Case, bert, gpt2, lm_data, text_data
+from tests.support.cases import MAIN_ADAPTER_CASES, Case, bert, gpt2, lm_data, text_data
 
-LORA_CASES = tuple({c.method: c for c in ADAPTER_CASES}.values())
+LORA_CASES = MAIN_ADAPTER_CASES
 NOISE = Case("random_perturbation")
 
 

@@ -103,6 +103,9 @@ ADAPTER_CASES = (
 )
 """Methods that work on the adapters of a model, for the tests whose model has some."""
 
+MAIN_ADAPTER_CASES = tuple({c.method: c for c in reversed(ADAPTER_CASES)}.values())[::-1]
+"""The first case of each of them."""
+
 WHOLE_MODEL = tuple(n for n in METHODS if n not in {c.method for c in ADAPTER_CASES})
 """Names of the methods that work on any model."""
 

@@ -21,6 +21,7 @@ from transformers import (
 from hf_ssam import SSAMTrainer
 from tests.support.cases import (
     ADAPTER_CASES,
+    MAIN_ADAPTER_CASES,
     Case,
     arguments,
     assert_close,
@@ -34,8 +35,7 @@ from tests.support.cases import (
 from tests.trainer.test_resume import assert_same, everything, logged
 from tests.trainer.test_trainer import RandomStates, optimizer_tensors
 
-MAIN = tuple({c.method: c for c in ADAPTER_CASES}.values())
-each_method = pytest.mark.parametrize("case", MAIN, ids=lambda c: c.id)
+each_method = pytest.mark.parametrize("case", MAIN_ADAPTER_CASES, ids=lambda c: c.id)
 
 
 def adapted(dropout: float = 0.1, base: nn.Module | None = None) -> PeftModel:
@@ -92,7 +92,7 @@ def test_base_weights_keep_the_bits_they_were_loaded_with(case: Case):
     assert_identical(before, after)
 
 
-@each_method
+@pytest.mark.parametrize("case", ADAPTER_CASES, ids=lambda c: c.id)
 def test_resume_is_bit_for_bit(case: Case):
     saved = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
     saved |= {"per_device_train_batch_size": 4}
@@ -135,8 +135,8 @@ def test_bf16_autocast_is_near_float32(case: Case):
         args = given(Case(case.method, case.options, rho), base_optim="sgd", learning_rate=0.5, bf16=bf16, max_steps=3)
         return torch.cat([p.detach().flatten() for p in trained(model, args, lm_data()).model.parameters()])
 
-    exact = run(4 * case.rho if case.method != "nbar" else case.rho, False)
-    near = run(4 * case.rho if case.method != "nbar" else case.rho, True)
+    rho = case.rho if case.method in ("nbar", "obar") else 4 * case.rho
+    exact, near = run(rho, False), run(rho, True)
     assert (near - exact).norm() < 0.6 * (run(0.0, True) - exact).norm()
 
 
