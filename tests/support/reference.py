@@ -133,19 +133,22 @@ def stale_sam(gradient: Gradient, w: Tensor, state: dict, rho: float, **o: Any) 
     return d
 
 
-def functional_sam(
-    gradient: Gradient, w: Tensor, state: dict, rho: float, *, model: nn.Module, loss: Callable[[], Tensor], **o: Any
-) -> Tensor:
+def functional_sam(gradient: Gradient, w: Tensor, state: dict, rho: float, **o: Any) -> Tensor:
     """Functional SAM (arXiv 2502.02407): J(w + e)ᵀ G with G = ∂L/∂logits at w and J the Jacobian of the logits."""
-    g, outputs = gradient(w), []
-    hook = model.register_forward_hook(lambda module, args, out: outputs.append(out))
+    model, logits = gradient.model, []
+
+    def see(module: nn.Module, args: Any, out: Any) -> None:
+        logits.append(out if isinstance(out, Tensor) else out["logits"])
+
+    g, hook = gradient(w), model.register_forward_hook(see)
     load(model, w)
-    derivative = torch.autograd.grad(loss(), outputs[0])[0]
+    derivatives = torch.autograd.grad(gradient.loss(), logits)
+    before = len(logits)
     load(model, w + rho * _unit(g))
-    loss()
+    gradient.loss()
     hook.remove()
-    params = [p for p in model.parameters() if p.requires_grad]
-    d = flat(torch.autograd.grad((outputs[1] * derivative).sum(), params))
+    through = sum((now * then).sum() for now, then in zip(logits[before:], derivatives, strict=True))
+    d = flat(torch.autograd.grad(through, [p for p in model.parameters() if p.requires_grad]))
     return _descended(d, g, o)
 
 
@@ -204,6 +207,7 @@ def gradient_of(model: nn.Module, loss: Callable[[], Tensor]) -> Gradient:
         grads = torch.autograd.grad(loss(), params, allow_unused=True)
         return flat(torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True))
 
+    gradient.model, gradient.loss = model, loss  # for a method that needs more than a gradient
     return gradient
 
 
@@ -221,6 +225,5 @@ def sgd(
     shapes = [p.shape for p in model.parameters() if p.requires_grad]
     layout = {"is_weight": weight_mask(model), "shapes": shapes, "sizes": [math.prod(shape) for shape in shapes]}
     for loss in losses:
-        here = {**layout, "model": model, "loss": loss}
-        w = w - lr * REFERENCES[method](gradient_of(model, loss), w, state, rho, **here, **options)
+        w = w - lr * REFERENCES[method](gradient_of(model, loss), w, state, rho, **layout, **options)
     return w
