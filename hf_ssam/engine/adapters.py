@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class LoraLayer:
 
     def bias(self) -> Tensor | None:
         """b, shape (out,)."""
-        return self.base.bias
+        return cast("Tensor | None", self.base.bias)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B as they are."""

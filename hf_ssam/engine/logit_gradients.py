@@ -28,16 +28,17 @@ class LogitGradients:
         self._model, self._method = model, method
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[list[Tensor]]:
-        """A first pass; the list holds the gradients at the logits, one a call, once it is over.
+    def kept(self) -> Iterator[dict[int, Tensor]]:
+        """A first pass; the gradients at the logits by the number of the call, once it is over.
 
         Raises:
             ValueError: if the model's output has no logits, or no gradient came to them.
         """
-        found: list[Tensor | None] = []
+        found: dict[int, Tensor] = {}
+        calls: list[int] = []
 
         def keep(call: int) -> Exchange:
-            found.append(None)
+            calls.append(call)
 
             def exchange(gradient: Tensor) -> None:
                 found[call] = gradient.detach().clone()
@@ -46,7 +47,7 @@ class LogitGradients:
 
         with self._exchanging(keep):
             yield found
-        if not found or any(g is None for g in found):
+        if not calls or len(found) < len(calls):
             raise ValueError(
                 f"model: no gradient came to the `logits` of {type(self._model).__name__}, whose loss is computed "
                 "from something else (a fused kernel, a compiled graph); turn that off, or choose a method other than "
@@ -54,7 +55,7 @@ class LogitGradients:
             )
 
     @contextlib.contextmanager
-    def given(self, gradients: list[Tensor]) -> Iterator[None]:
+    def given(self, gradients: dict[int, Tensor]) -> Iterator[None]:
         """A second pass, which goes on with `gradients` in place of its own."""
         with self._exchanging(lambda call: lambda gradient: gradients[call].to(gradient.dtype)):
             yield
@@ -99,9 +100,8 @@ def _exchange(logits: Tensor, exchange: Exchange) -> None:
         return
 
     def before(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
-        if gradients[output] is None:
-            return None
-        new = exchange(gradients[output])
+        gradient = gradients[output]
+        new = None if gradient is None else exchange(gradient)
         return None if new is None else (*gradients[:output], new, *gradients[output + 1 :])
 
     node.register_prehook(before)

@@ -69,12 +69,15 @@ class AscendingAdapter(AdapterRule):
             for index, layer in enumerate(self.layers):
                 self._start |= start(layer, self._r, self._seed * 1_000_003 + index)
         count = context.state.plain(COUNT)
-        kept = {n: context.state.plain(n) for n in self._start}
         begun = None if count is None else count > 0
         self._factors = {}
         for name, first in self._start.items():
-            now = first.clone() if begun is None else torch.where(begun.to(first.device), kept[name].to(first), first)
-            self._factors[name] = now.requires_grad_()
+            kept = context.state.plain(name)
+            if begun is None or kept is None:
+                self._factors[name] = first.clone().requires_grad_()
+            else:
+                now = torch.where(begun.to(first.device), kept.to(first), first)
+                self._factors[name] = now.requires_grad_()
 
     def output(self, index: int, x: Tensor, base: Base) -> Tensor:
         """`W x + b + B₂ A₂ x`."""
@@ -88,7 +91,7 @@ class AscendingAdapter(AdapterRule):
         gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in factors]
         average(gradients)
         with torch.no_grad():
-            new = torch._foreach_add([t.detach() for t in factors], self._ascent(gradients, context))
+            new = list(torch._foreach_add([t.detach() for t in factors], self._ascent(gradients, context)))
             length = self._size(new)
             shrunk = torch.sqrt(torch.clamp(context.rho / (length + EPS), max=1.0))
             new = [t * shrunk.to(t.device, t.dtype) for t in new]

@@ -28,7 +28,6 @@ class AdapterLayer(Protocol):
         name: the layer's, in the model.
         A: name of A among the trained parameters.
         B: name of B.
-        scaling: s.
         in_features: number of columns of W.
         out_features: number of rows of W.
     """
@@ -36,9 +35,12 @@ class AdapterLayer(Protocol):
     name: str
     A: str
     B: str
-    scaling: float
     in_features: int
     out_features: int
+
+    @property
+    def scaling(self) -> float:
+        """s."""
 
     def weight(self) -> Tensor:
         """W, shape (out, in), in floating point, sharing memory with the model where it is not quantised."""

@@ -7,11 +7,12 @@ vector of a token. A parameter of one dimension (a bias, the weight of a normali
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from .space import ParameterSpace
 from .tensors import Vector
@@ -51,8 +52,8 @@ def _groups(space: ParameterSpace, name: str) -> tuple[dist.ProcessGroup, ...]:
     p = space.params[name]
     if not isinstance(p, DTensor):
         return ()
-    cuts = (i for i, s in enumerate(p.placements) if s.is_shard() and s.dim % p.dim() in row_dims(space, name))
-    return tuple(p.device_mesh.get_group(i) for i in cuts)
+    shards = ((i, cast(Shard, s)) for i, s in enumerate(p.placements) if s.is_shard())
+    return tuple(p.device_mesh.get_group(i) for i, s in shards if s.dim % p.dim() in row_dims(space, name))
 
 
 def _summed(v: Vector, groups: tuple[dist.ProcessGroup, ...]) -> Vector:

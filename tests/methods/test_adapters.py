@@ -192,7 +192,7 @@ def test_a_pass_that_dies_leaves_the_model_and_the_frozen_layers_as_they_were(ca
     model = network()
     engine = engine_for(model, case)
     trained(model, engine, batches()[:3])
-    before, forwards = weights(model), {n: vars(m).get("forward") for n, m in model.named_modules()}
+    before = weights(model)
 
     def dies() -> Tensor:
         backward_of(model, batches()[3])()
@@ -201,7 +201,7 @@ def test_a_pass_that_dies_leaves_the_model_and_the_frozen_layers_as_they_were(ca
     with pytest.raises(KeyboardInterrupt):
         engine.step(dies)
     assert_identical(weights(model), before)
-    assert {n: vars(m).get("forward") for n, m in model.named_modules()} == forwards
+    assert not any("forward" in vars(m) for m in model.modules()), "the frozen layers answer for themselves"
     state = torch.get_rng_state()
     trained(model, engine, batches()[3:])
     assert torch.equal(torch.get_rng_state(), state), "the process's generator is not used"

@@ -78,6 +78,25 @@ def test_momentum_sam_starts_the_momentum_of_a_parameter_that_comes_later():
     assert not torch.equal(seen[2], head.weight)
 
 
+@pytest.mark.parametrize("method", ["momentum_sam", "stale_sam"])
+def test_what_is_kept_is_no_ones_gradient(method):
+    """Zeroed or clipped in place after the step, as some loops do, the gradient that was kept stays what it was."""
+
+    def run(in_place: bool) -> Tensor:
+        model, batches = regression()
+        engine = TwoPass(model, method, 0.3)
+        for batch in batches[:3]:
+            model.zero_grad(set_to_none=not in_place)
+            engine.step(backward_of(model, batch))
+            kept = reference.flat(p.grad for p in model.parameters())
+            if in_place:
+                for p in model.parameters():
+                    p.grad.zero_()
+        return kept
+
+    assert torch.equal(run(True), run(False))
+
+
 class Growing(nn.Module):
     """Uses its second layer from the second batch on."""
 
