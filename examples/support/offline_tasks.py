@@ -59,6 +59,27 @@ def classified_questions() -> DatasetDict:
     return _rewritten(instruction, features, fine=True)
 
 
+def preferred_answers() -> DatasetDict:
+    """Preferences: columns ``prompt``, as in `classified_questions`, ``chosen``, its class, and ``rejected``, another.
+
+    The wrong class is the next but k in the alphabet, k the question's length in words modulo the number of others: a
+    rule, so that nothing is drawn, and every class is rejected somewhere.
+    """
+    features = Features({name: Value("string") for name in ("prompt", "chosen", "rejected")})
+    splits = {}
+    for split, rows in classified_questions().items():
+        words = sorted({row["completion"] for row in rows})
+        splits[split] = Dataset.from_list([_preference(row, words) for row in rows], features=features)
+    return DatasetDict(splits)
+
+
+def _preference(row: dict, words: list[str]) -> dict:
+    chosen = row["completion"]
+    question = row["prompt"].splitlines()[1]
+    others = words[words.index(chosen) + 1 :] + words[: words.index(chosen)]
+    return {"prompt": row["prompt"], "chosen": chosen, "rejected": others[len(question.split()) % len(others)]}
+
+
 def _rewritten(row: Callable[[str, str], dict], features: Features, fine: bool = False) -> DatasetDict:
     """TREC's splits, with `row` of the text and the name of its label in place of each question."""
     splits = {}

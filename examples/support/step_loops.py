@@ -70,9 +70,10 @@ def bare(at: Setting, optimizer: Optimizer) -> Loop:
 
 
 def ours(at: Setting, optimizer: Optimizer, method: str, offload_snapshot: bool = False) -> Loop:
-    """`TwoPass` with the method's defaults."""
+    """`TwoPass` with the method's defaults, at the end of a run: what grows over it is grown."""
     size = len(at.batch["labels"])
-    two_pass = TwoPass(at.model, method, offload_snapshot=offload_snapshot, dataset_size=size)
+    two_pass = TwoPass(at.model, method, offload_snapshot=offload_snapshot, dataset_size=size, total_steps=1)
+    two_pass.clock.lr = ADAMW["lr"]
     samples = torch.arange(size, device=at.device)
 
     def step() -> float:

@@ -27,11 +27,14 @@ def classifier(name: str, lora_r: int = 0) -> nn.Module:
         model = BertForSequenceClassification(config)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=LABELS)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = 0  # a causal model finds the end of each sample by it; no token here is it
     if lora_r == 0:
         return model
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=lora_r, target_modules=["query", "value"], task_type="SEQ_CLS"))
+    targets = ["query", "value"] if name in SIZES else "all-linear"
+    return get_peft_model(model, LoraConfig(r=lora_r, target_modules=targets, task_type="SEQ_CLS"))
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,19 @@ from torch.distributed.fsdp import FSDPModule
 from ..methods.method import Method, Rules
 from ..rules.space import ParameterSpace, local
 from .parameters import stable_name
+from .ranks import Ranks
 from .window import RunPass
 
 
-def check_engine(
-    rules: Rules, method: str, scope: str, world_size: int, replay_rng: bool, dataset_size: int | None
-) -> None:
+def check_engine(rules: Rules, method: str, ranks: Ranks, replay_rng: bool, dataset_size: int | None) -> None:
     """Refuse what does not go together with method `method`.
 
     Raises:
         ValueError: for state that ranks would keep apart, a vector handed on from step to step under a scope that has
             none, losses compared under different dropout, or scores of samples whose number is not known.
     """
-    if rules.stateful and scope != "global" and world_size > 1:
+    scope = ranks.scope
+    if rules.stateful and scope != "global" and ranks.world_size > 1:
         raise ValueError(
             f"ascent_scope: under `{scope}` every rank would keep its own state of method `{method}`, and they would "
             "drift apart; choose ascent_scope=global, or a method without state such as ssam."

@@ -51,12 +51,15 @@ class Gradients:
         self._rules, self.space, self.perturbed = rules, space, perturbed
         self._passes, self._ranks = passes, passes.ranks
 
-    def first_offset(self, rho: float, clock: Clock, state: MethodState) -> Vector:
-        """What the first passes are displaced by, in units of ρ; empty for most methods."""
-        if self._rules.first_offset is None or rho == 0:
+    def begin(self, rho: float, clock: Clock, state: MethodState) -> Vector:
+        """A window begins: what its first passes are displaced by, in units of ρ; empty for most methods."""
+        adapters, offset = self._passes.adapters, self._rules.first_offset
+        if rho == 0 or (adapters is None and offset is None):
             return {}
-        w = self.space.weights(self.perturbed)
-        return self._rules.first_offset({}, self._context(w, {}, torch.zeros(()), rho, clock, state))
+        context = self._context(self.space.weights(self.perturbed), {}, torch.zeros(()), rho, clock, state)
+        if adapters is not None:
+            adapters.begin(context, clock)
+        return {} if offset is None else offset({}, context)
 
     def close(self, window: AccumulationWindow, clock: Clock, state: MethodState) -> StepReport:
         """Go from `g` in `.grad` to `d` in `.grad`, and leave what the method keeps in `state`."""
@@ -70,6 +73,8 @@ class Gradients:
                 self._hand_on(g, unit, window, finite)
             return StepReport(window.loss, grad_norm, ~finite)
         context = self._context(self.space.weights(parts(targets)[0]), g, grad_norm, window.rho, clock, state)
+        if self._rules.needs_loss:
+            context.loss = self._loss(window)
         if self._rules.per_example:
             context.fisher = self._passes.squared_gradients(window, self.space)
         window.at_work = True
@@ -81,10 +86,16 @@ class Gradients:
     def _with_one(self, window: AccumulationWindow, context: StepContext, unit: Unit) -> StepReport:
         """A window that takes no second pass."""
         finite = self._agreed(_all_finite(window.loss, context.grad_norm))
+        moved = self._moved(window, context, unit, finite)
         self._hand_on(self._rules.reuse(context.g, context), unit, window, finite)
         context.state.commit(finite)
-        moved = None if self._rules.first_offset is None else context.rho * context.norm(window.first_offset)
         return StepReport(window.loss, context.grad_norm, ~finite, perturbation_norm=moved, scale=context.scale)
+
+    def _moved(self, window: AccumulationWindow, context: StepContext, unit: Unit, finite: Tensor) -> Tensor | None:
+        """How far from the model's own weights the first passes were taken; None where they were taken at `w`."""
+        if self._passes.adapters is not None:
+            return self._passes.adapters.finish(context.g, context, finite, unit.inverse)
+        return None if self._rules.first_offset is None else context.rho * context.norm(window.first_offset)
 
     def _with_two(self, window: AccumulationWindow, context: StepContext, unit: Unit) -> StepReport:
         """A window that takes a second pass, at `w + ρ u`."""
@@ -116,6 +127,14 @@ class Gradients:
             context.scale,
             *_cost(window),
         )
+
+    def _loss(self, window: AccumulationWindow) -> Tensor:
+        """The mean loss of the samples that ascend together, shape ()."""
+        if self._ranks.scope != "global":
+            return window.loss / _share(window, self._ranks.scope)
+        loss = window.loss.clone()
+        self._ranks.average_over_data([loss])
+        return loss
 
     def _gradient(self, unit: Unit) -> Vector:
         """What is in `.grad`, in the units of the loss.
@@ -157,14 +176,20 @@ class Gradients:
     def _context(
         self, w: Vector, g: Vector, grad_norm: Tensor, rho: float, clock: Clock, state: MethodState
     ) -> StepContext:
-        return StepContext(self.space, w, g, grad_norm, rho, clock.steps, state, clock.progress, clock.lr)
+        return StepContext(self.space, w, g, grad_norm, rho, clock.steps, state, clock.progress, clock.lr or 0.0)
+
+
+def _share(window: AccumulationWindow, scope: str) -> float | Tensor:
+    """What the window's loss is a multiple of: its share of the batch, where it ascends by itself."""
+    share = 1.0 if scope == "global" else window.share
+    if isinstance(share, Tensor):  # of no counted item: its loss and gradient are zero in any unit
+        share = torch.where(share == 0, torch.ones_like(share), share)
+    return share
 
 
 def _unit(window: AccumulationWindow, scope: str) -> Unit:
     """What the window's gradient is a multiple of: the loss scale, and its share where it ascends by itself."""
-    share = 1.0 if scope == "global" else window.share
-    if isinstance(share, Tensor):  # of no counted item: its gradient is zero in any unit
-        share = torch.where(share == 0, torch.ones_like(share), share)
+    share = _share(window, scope)
     return Unit(share if window.loss_scale is None else share * window.loss_scale)
 
 

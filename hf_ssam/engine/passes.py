@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import Tensor
 from ..rules.space import ParameterSpace
 from ..rules.state import MethodState
 from ..rules.tensors import Snapshot, Vector, move, parts
+from .adapters import Adapters
 from .forward_recorder import ForwardRecorder, RecordedForward
+from .logit_gradients import LogitGradients
 from .precision import is_low_precision, survival, warn_if_lost
 from .ranks import Ranks
 from .replay import Replay
@@ -84,6 +86,8 @@ class Passes:
         displacement: what moves the weights.
         recorder: what sees the model being called, for methods that run on some of the samples; None: nothing does.
         selection: which samples; None: all.
+        logits: what gives the second pass the first one's gradient at the logits; None: nothing does.
+        adapters: what has its part in LoRA layers; None: nothing has.
     """
 
     def __init__(
@@ -93,9 +97,11 @@ class Passes:
         displacement: Displacement,
         recorder: ForwardRecorder | None,
         selection: SampleSelection | None,
+        logits: LogitGradients | None,
+        adapters: Adapters | None,
     ):
-        self.ranks, self.displacement, self._replay = ranks, displacement, replay
-        self._recorder, self._selection = recorder, selection
+        self.ranks, self.displacement, self._replay, self.adapters = ranks, displacement, replay, adapters
+        self._recorder, self._selection, self._logits = recorder, selection, logits
 
     def window(
         self, rho: float, loss_scale: float | Tensor | None, first_offset: Vector, position: int
@@ -135,7 +141,7 @@ class Passes:
         window.records.append(record)
         window.share = window.share + record.share
         offset = window.first_offset
-        with self.displacement.by(offset, window.rho) if offset else nullcontext():
+        with self.displacement.by(offset, window.rho) if offset else nullcontext(), self._watched(window, record):
             loss, record.forward = self._run(window, record, record.index)
         window.loss = window.loss + loss
         return loss
@@ -150,11 +156,22 @@ class Passes:
         index = record.index if self._selection is None else self._selection.narrow(record)
         if record.rng is not None:
             record.rng.restore()
-        loss, forward = self._run(window, record, index)
+        with nullcontext() if self._logits is None else self._logits.given(record.logit_gradients):
+            loss, forward = self._run(window, record, index)
         record.second = record.first
         if self._selection is not None:
             self._selection.note(record, index, forward)
         return loss
+
+    @contextmanager
+    def _watched(self, window: AccumulationWindow, record: MicroBatchRecord) -> Iterator[None]:
+        """What a first pass runs in, where the method asks for more than its gradient."""
+        with ExitStack() as stack:
+            if self.adapters is not None and window.rho > 0:
+                stack.enter_context(self.adapters.shown())
+            if self._logits is not None and window.rho > 0:
+                record.logit_gradients = stack.enter_context(self._logits.kept())
+            yield
 
     def _run(
         self, window: AccumulationWindow, record: MicroBatchRecord, index: Tensor | None

@@ -52,7 +52,7 @@ class Ranks:
             )
         self.scope = scope
         self._left_over = False
-        self._space = space
+        self.space = space
         self._hosts: dist.ProcessGroup | None = None
         replicas = None if self._ddp is None else self._ddp.process_group
         self._group = dist.group.WORLD if sharded else replicas
@@ -62,7 +62,7 @@ class Ranks:
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self._space.device
+        return self.space.device
 
     @property
     def world_size(self) -> int:
@@ -112,11 +112,12 @@ class Ranks:
         for p in params:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        for bucket in _buckets([p.grad for p in params]):
-            flat = _flatten_dense_tensors(bucket)
-            dist.all_reduce(flat, group=self._ddp.process_group)
-            flat /= self.world_size
-            torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
+        _average([p.grad for p in params], self._ddp.process_group)
+
+    def average_over_data(self, tensors: list[Tensor]) -> None:
+        """Average in place, over the ranks whose batches differ, gradients that no host reduces."""
+        if self._data_group is not None:
+            _average(tensors, self._data_group)
 
     def abandon(self) -> None:
         """Put FSDP2's shards back in place of what a pass that died had gathered: no collective, so no rank waits."""
@@ -184,7 +185,7 @@ class Ranks:
         """Whether `finite` (bool, shape ()) holds on every rank; a loss is local, and one rank must not step alone."""
         if self._group is None:
             return finite
-        votes = finite.to(self._space.device, torch.float32)
+        votes = finite.to(self.space.device, torch.float32)
         dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self._group)
         return votes.bool()
 
@@ -195,12 +196,21 @@ class Ranks:
         does, it reads a map of the used ones back to the host each step, and so do we: a parameter that no rank
         used keeps `grad = None`, since AdamW would decay it by a zero gradient.
         """
-        params = list(self._space.params.values())
+        params = list(self.space.params.values())
         if not self._ddp.find_unused_parameters:
             return params
         used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
         dist.all_reduce(used, group=self._ddp.process_group)
         return [p for p, u in zip(params, used.tolist(), strict=True) if u > 0]
+
+
+def _average(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Make `tensors` their mean over `group`, in place."""
+    for bucket in _buckets(tensors):
+        flat = _flatten_dense_tensors(bucket)
+        dist.all_reduce(flat, group=group)
+        flat /= dist.get_world_size(group)
+        torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

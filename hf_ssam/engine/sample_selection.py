@@ -11,6 +11,7 @@ from ..methods.method import Rules
 from ..rules.selection import Draw, Selection
 from ..rules.state import MethodState
 from .forward_recorder import ForwardRecorder, PerSampleLoss, RecordedForward
+from .logit_gradients import LogitGradients
 from .per_sample import per_sample_losses
 from .ranks import Ranks
 from .replay import Replay
@@ -24,12 +25,14 @@ def observers_of(
     replay: Replay,
     per_sample_loss: PerSampleLoss | None,
     dataset_size: int | None,
-) -> tuple[ForwardRecorder | None, SampleSelection | None]:
-    """What looks at the passes of a method: nothing, unless it runs some of them on a part of the batch."""
+) -> tuple[ForwardRecorder | None, SampleSelection | None, LogitGradients | None]:
+    """What looks at the passes of a method: nothing, unless it runs some on a part of the batch, or keeps logits'
+    gradients."""
+    logits = LogitGradients(model, method) if rules.keeps_logit_gradient else None
     if rules.selection is None:
-        return (ForwardRecorder(model, None, replay) if rules.per_example else None), None
+        return (ForwardRecorder(model, None, replay) if rules.per_example else None), None, logits
     recorder = ForwardRecorder(model, per_sample_loss or partial(per_sample_losses, model), replay)
-    return recorder, SampleSelection(rules.selection, method, recorder, dataset_size)
+    return recorder, SampleSelection(rules.selection, method, recorder, dataset_size), logits
 
 
 class SampleSelection:

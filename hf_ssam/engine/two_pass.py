@@ -25,6 +25,7 @@ from ..rules.space import ParameterSpace
 from ..rules.state import MethodState
 from ..rules.tensors import Workspace
 from . import checks
+from .adapters import adapters_of
 from .forward_recorder import PerSampleLoss
 from .gradients import Gradients
 from .parameters import perturbed_names, trainable, transposed_names, unwrapped
@@ -114,14 +115,14 @@ class TwoPass:
         rules, plain = self.method.build(), unwrapped(model)
         # a method without a second pass ascends along no gradient, so all scopes are one
         self.ranks = Ranks(model, scope if rules.second_pass.interval else "global", self.space)
-        world_size = self.ranks.world_size
-        checks.check_engine(rules, self.method.name, self.ranks.scope, world_size, replay_rng, dataset_size)
+        checks.check_engine(rules, self.method.name, self.ranks, replay_rng, dataset_size)
         for check in rules.checks:
             check(self.space, self.perturbed)
         replay = Replay(plain, replay_rng)
         observers = observers_of(rules, self.method.name, plain, replay, per_sample_loss, dataset_size)
         self._displacement = Displacement(self.space, offload_snapshot)
-        self._passes = Passes(self.ranks, replay, self._displacement, *observers)
+        adapters = adapters_of(rules, plain, self.ranks, self.perturbed, self.method.name, self.clock.total)
+        self._passes = Passes(self.ranks, replay, self._displacement, *observers, adapters)
         self._gradients = Gradients(rules, self.space, self.perturbed, self._passes)
 
     @property
@@ -223,8 +224,7 @@ class TwoPass:
             self.ranks.average()
             report = self._gradients.settled(reports[0] if len(reports) == 1 else merged(reports))
         self._window = None
-        self.clock.steps += self._at_work
-        self.clock.elapsed += 1
+        self.clock.tick(self._at_work)
         self._state.end(~report.skipped, len(reports))
         self._workspace.reclaim(but=self._state.tensors())
         return report
@@ -261,7 +261,8 @@ class TwoPass:
         self._build(*self._built_with)
 
     def _new_window(self, loss_scale: float | Tensor | None) -> AccumulationWindow:
-        offset = self._gradients.first_offset(self.rho, self.clock, self._state)
+        with self._workspace.in_use():
+            offset = self._gradients.begin(self.rho, self.clock, self._state)
         return self._passes.window(self.rho, loss_scale, offset, len(self._reports))
 
     def _close(self, window: AccumulationWindow) -> StepReport:

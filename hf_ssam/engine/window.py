@@ -28,6 +28,7 @@ class MicroBatchRecord:
         rng: the generators as its first pass found them; None where they are not replayed.
         index: which samples both passes run on; None: all.
         forward: the first pass's call of the model, where the method looks.
+        logit_gradients: what its first pass left at the logits, one tensor a call, where the method keeps it.
         rises: what the second pass's losses were above the first's, one a sample of `index`.
         first, second, looks: cost of its passes and of forwards without gradient, as shares of its samples.
     """
@@ -39,6 +40,7 @@ class MicroBatchRecord:
     rng: RandomState | None = None
     index: Tensor | None = None
     forward: RecordedForward | None = None
+    logit_gradients: list[Tensor] | None = None
     rises: Tensor | None = None
     first: float = 1.0
     second: float = 0.0

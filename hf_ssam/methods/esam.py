@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..rules.ascent import normalize
 from ..rules.context import Rule, StepContext, chain
-from ..rules.masks import uniform
+from ..rules.noise import uniform
 from ..rules.selection import Selection, kept
 from ..rules.tensors import Vector, multiplied, scaled
 from .method import Method, Paper, Rules

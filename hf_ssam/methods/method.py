@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import torch
 
+from ..rules.adapters import AdapterRule
+from ..rules.budget import RHO_UNITS, predicted_rise
 from ..rules.context import ALWAYS, Rule, SecondPass, chain
 from ..rules.descent import renormalize
 from ..rules.selection import Selection
@@ -73,6 +75,9 @@ class Rules:
         selection: which samples the passes run on; None: all.
         per_example: whether a rule asks for the gradient of single samples.
         checks: `(space, perturbed names)`, raising where the model does not fit the method.
+        keeps_logit_gradient: whether the second pass back-propagates the first one's gradient at the logits.
+        adapter: makes the rule on LoRA layers that a run is trained with; None: there is none.
+        needs_loss: whether a rule reads `context.loss`.
         stateful: whether a rule keeps something of the gradients, which must then be the same on every rank.
     """
 
@@ -85,6 +90,9 @@ class Rules:
     selection: Selection | None = None
     per_example: bool = False
     checks: tuple[Check, ...] = ()
+    keeps_logit_gradient: bool = False
+    adapter: Callable[[], AdapterRule] | None = None
+    needs_loss: bool = False
     stateful: bool = False
 
     @property
@@ -111,6 +119,13 @@ RENORMALIZE = {
 """Options that every method has whose `d` can be renormalised."""
 
 
+RHO_MAX = 0.3
+"""The longest perturbation where ρ is a rise of the loss: LE-SAM's ρ_max (official code, arXiv 2605.10183)."""
+
+RISES = {"loss": 0.35, "relative_loss": 0.05}
+"""The default ρ in units of the loss: LE-SAM's σ (the same code), and a twentieth of the loss (our choice)."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of the table.
@@ -127,6 +142,8 @@ class Method:
         renormalizes: whether SSAM's descent rule may follow the method's own.
         experimental: why the method may not be what its paper has; empty where its equations were read there.
         values: the options' values that were chosen; the defaults where none was.
+        rho_unit: what ρ is measured in, one of `rules.budget.RHO_UNITS`.
+        rho_max: the longest perturbation where that is not `weight`.
     """
 
     name: str
@@ -140,6 +157,8 @@ class Method:
     renormalizes: bool = True
     experimental: str = ""
     values: Mapping[str, Value] = field(default_factory=dict)
+    rho_unit: str = "weight"
+    rho_max: float = RHO_MAX
 
     def __post_init__(self) -> None:
         shared = {n: o for n, o in RENORMALIZE.items() if self.renormalizes and n not in self.options}
@@ -157,8 +176,35 @@ class Method:
         chosen.build()
         return chosen
 
+    def measured_in(self, rho_unit: str, rho_max: float = RHO_MAX) -> Method:
+        """This method with ρ as a length (`weight`), a rise of the loss (`loss`) or a share of it (`relative_loss`).
+
+        Raises:
+            ValueError: if there is no such unit, the method has no ascent that it could bound, or `rho_max` is not a
+                positive number.
+        """
+        if rho_unit not in RHO_UNITS:
+            raise ValueError(f"rho_unit: `{rho_unit}` does not exist; choose one of {', '.join(RHO_UNITS)}.")
+        if rho_unit == "weight":
+            return self
+        if self.build().second_pass.interval is None:
+            raise ValueError(
+                f"rho_unit: `{rho_unit}` bounds an ascent along the gradient, which method `{self.name}` does not "
+                "take; leave it at weight, or choose a method that ascends, such as ssam."
+            )
+        if isinstance(rho_max, bool) or not isinstance(rho_max, Real) or not 0 < rho_max < math.inf:
+            raise ValueError(f"rho_max: {rho_max} is not allowed; choose a number above 0, such as {RHO_MAX:g}.")
+        return replace(self, rho_unit=rho_unit, rho_max=float(rho_max), rho=RISES[rho_unit])
+
     def build(self) -> Rules:
-        """The composition, with SSAM's descent rule after the method's own where `renormalize` is set."""
+        """The composition: the method's rules, the unit of ρ, and SSAM's descent rule where `renormalize` is set."""
+        rules = self._rules()
+        if self.rho_unit == "weight":
+            return rules
+        relative = self.rho_unit == "relative_loss"
+        return replace(rules, ascent=chain(rules.ascent, predicted_rise(relative, self.rho_max)), needs_loss=relative)
+
+    def _rules(self) -> Rules:
         values = {n: o.default for n, o in self.options.items()} | dict(self.values)
         shared = {n: values.pop(n) for n in RENORMALIZE if n in values}
         rules = self.rules(**values)

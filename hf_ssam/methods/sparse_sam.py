@@ -19,7 +19,8 @@ import torch
 
 from ..rules.ascent import normalize
 from ..rules.context import StepContext, chain
-from ..rules.masks import Refresh, kept_count, largest, masked, n_of_m, uniform
+from ..rules.masks import Refresh, kept_count, largest, masked, n_of_m
+from ..rules.noise import uniform
 from ..rules.space import ParameterSpace
 from ..rules.tensors import Vector
 from .esam import SEED

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .method import Method
+from .method import RHO_MAX, Method
 
 DEFAULT = "ssam"
 """The method of `optim` where none is named, and the first row."""
@@ -39,11 +39,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(_TABLE)
 """The live table, by name."""
 
 
-def get_method(name: str, **options: Any) -> Method:
+def get_method(name: str, rho_unit: str = "weight", rho_max: float = RHO_MAX, **options: Any) -> Method:
     """The row `name` with its options chosen.
 
     Args:
         name: a name in `METHODS`.
+        rho_unit: what ρ is measured in: `weight`, `loss` or `relative_loss`; see `Method.measured_in`.
+        rho_max: the longest perturbation where that is not `weight`.
         **options: the method's options, as values or as the strings of a command line.
 
     Raises:
@@ -51,7 +53,7 @@ def get_method(name: str, **options: Any) -> Method:
     """
     if name not in METHODS:
         raise ValueError(f"optim: there is no method `{name}`; choose one of {', '.join(METHODS)}.")
-    return METHODS[name].with_options(**options)
+    return METHODS[name].with_options(**options).measured_in(rho_unit, rho_max)
 
 
 def register_method(method: Method) -> Method:

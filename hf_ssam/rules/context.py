@@ -26,13 +26,18 @@ class Clock:
         steps: how many steps the method has been at work in, ρ above 0.
         elapsed: how many steps there have been in all.
         total: length of the run; None where it is not known.
-        lr: learning rate of the step; 0 where the host did not say.
+        lr: learning rate of the step; None where the host did not say.
     """
 
     steps: int = 0
     elapsed: int = 0
     total: int | None = None
-    lr: float = 0.0
+    lr: float | None = None
+
+    def tick(self, at_work: bool) -> None:
+        """One step is over, in which the method was at work or not."""
+        self.steps += at_work
+        self.elapsed += 1
 
     @property
     def progress(self) -> float:
@@ -85,6 +90,7 @@ class StepContext:
         progress: share of the run that is over, from 0 to 1; 0 where its length is not known.
         lr: the learning rate of this step; 0 where the host did not say.
         fisher: `(v, samples) -> Σ (∂ℓ_i)²` over that many samples of the step at `w`, of the shapes of `v`.
+        loss: of the first pass, shape (), the same on every rank that ascends together; set where `Rules.needs_loss`.
         scale: the factor γ that `descent.renormalize` applied, shape (); 1 elsewhere.
     """
 
@@ -98,6 +104,7 @@ class StepContext:
     progress: float = 0.0
     lr: float = 0.0
     fisher: Callable[[Vector, int], Vector] = None  # type: ignore[assignment]  # set where `Rules.per_example`
+    loss: Tensor = None  # type: ignore[assignment]  # set where `Rules.needs_loss`
     scale: Tensor | float = 1.0
     _norm: tuple[Vector, list[int], Tensor] | None = None
 

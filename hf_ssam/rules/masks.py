@@ -44,20 +44,6 @@ def masked(refresh: Refresh, every: int) -> Rule:
     return rule
 
 
-def uniform(v: Vector, context: StepContext, seed: int) -> Vector:
-    """Numbers from [0, 1), of the shapes of `v`: a function of seed, step and shard, so replicas draw the same."""
-    generators: dict[tuple, torch.Generator] = {}
-    drawn = {}
-    for name, t in v.items():
-        shard = context.space.shard(name)
-        if (t.device, shard) not in generators:
-            number = sum(rank * 1009 ** (i + 1) for i, rank in enumerate(shard))
-            generator = torch.Generator(t.device)
-            generators[t.device, shard] = generator.manual_seed((seed * 1_000_003 + context.step) * 1_000_003 + number)
-        drawn[name] = torch.rand(t.shape, device=t.device, generator=generators[t.device, shard])
-    return drawn
-
-
 def largest(space: ParameterSpace, scores: Vector, keep: int, among: Vector | None = None) -> Vector:
     """The mask of the `keep` largest scores, over all tensors and shards: exactly as many, ties to those that come
     first.

@@ -87,15 +87,22 @@ class Workspace:
                 self._free.setdefault(layout, []).append(tensor)
 
 
+def empties(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors laid out like `tensors`, their content undefined, in the memory of the workspace in use."""
+    workspace = _CURRENT.get()
+    if workspace is None or any(t.device.type not in HOST for t in tensors):
+        return [torch.empty_like(t, requires_grad=False) for t in tensors]
+    return [workspace.borrow(t) for t in tensors]
+
+
 def copies(tensors: list[Tensor]) -> list[Tensor]:
     """Copies of `tensors`, in the memory of the workspace in use."""
-    workspace = _CURRENT.get()
     if not tensors:
         return []
     with torch.no_grad():
-        if workspace is None or any(t.device.type not in HOST for t in tensors):
+        if _CURRENT.get() is None or any(t.device.type not in HOST for t in tensors):
             return list(torch._foreach_clone(tensors))
-        new = [workspace.borrow(t) for t in tensors]
+        new = empties(tensors)
         torch._foreach_copy_(new, tensors)
     return new
 

@@ -131,7 +131,7 @@ class SSAMTrainerMixin(
         self._refuse_what_cannot_work()
         self._window_flos = 0.0
         self._ascent_start = first_ascent(args.ascent_start, max_steps)
-        self._rho_factor = rho_factor(args.rho_scheduler_type, max_steps)
+        self._rho_factor = rho_factor(args.rho_scheduler_type, max_steps, args.get_warmup_steps(max_steps))
         method = args.method()
         varies = args.ascent_interval > 1 or args.ascent_start > 0 or args.ascent_scope != "global"
         rules = method.build()
@@ -152,7 +152,8 @@ class SSAMTrainerMixin(
             dataset_size=len(self.train_dataset) if has_length(self.train_dataset) else None,
             total_steps=max_steps,
         )
-        self._settings = Settings(method.name, method.values, checked_rho(args.rho, method), args.ascent_scope)
+        values = {**method.values, **({"rho_unit": args.rho_unit} if args.rho_unit != "weight" else {})}
+        self._settings = Settings(method.name, values, checked_rho(args.rho, method), args.ascent_scope)
         self._step_log = StepLog()
         if resume_from_checkpoint is not None:
             self._load_engine(resume_from_checkpoint)

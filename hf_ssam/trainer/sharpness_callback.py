@@ -116,7 +116,7 @@ class SharpnessCallback(TrainerCallback):
 
     def _edges(self, eigenvalue: float, rho: float, g: Tensor, ascended: Tensor | None) -> dict[str, float]:
         lr = self.trainer.lr_scheduler.get_last_lr()[0]
-        if lr <= 0:
+        if lr <= 0 or self.trainer.args.rho_unit != "weight":  # the edges are of a radius that is a length
             return {}
         self._warn_about_base()
         norm = length(g).item()
@@ -132,11 +132,12 @@ class SharpnessCallback(TrainerCallback):
     def _ascent_gradient(self, objective: Objective, g: Tensor, rho: float) -> Tensor | None:
         """ĝ at the method's own perturbation of the probe; averages that a method keeps start afresh here.
 
-        None where that perturbation is no function of the gradient: Momentum-SAM, and masks by Fisher information.
+        None where that perturbation is no function of the gradient alone: Momentum-SAM, masks by Fisher information,
+        a radius in shares of the loss.
         """
         engine = self.trainer.two_pass
         rules = engine.method.build()
-        if rules.second_pass.interval is None or rules.per_example:
+        if rules.second_pass.interval is None or rules.per_example or rules.needs_loss:
             return None
         named = {stable_name(n): t for n, t in objective.named(g).items()}
         targets = {n: t for n, t in named.items() if n in engine.perturbed}
@@ -194,7 +195,7 @@ def _alignment(a: Tensor, b: Tensor) -> float:
 def _edge_name(method: Method) -> tuple[str | None, bool]:
     """The name by which `edge_of_stability` knows `method` (or None), and whether its ascent is normalised."""
     normalize = method.name != "usam" and bool(method.values.get("normalize", True))
-    if method.name not in ("ssam", "sam", "usam") or method.values.get("adaptive"):
+    if method.name not in ("ssam", "sam", "usam") or method.values.get("adaptive") or method.rho_unit != "weight":
         return None, normalize
     if method.values["renormalize"]:
         return "ssam", normalize

@@ -14,10 +14,11 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from ..engine.ranks import SCOPES
 from ..hub.redaction import masked
 from ..methods import METHODS, Method, get_method
-from ..methods.method import checked_rho
+from ..methods.method import RHO_MAX, checked_rho
 from ..methods.options import parse_optim_args
+from ..rules.budget import RHO_UNITS
 from .optimizer_names import checked_base, checked_optim, optim_help, options_help, plain
-from .schedules import RHO_SCHEDULES
+from .schedules import RHO_SCHEDULES, check_schedule
 
 _STEPS_IN_BACKWARD = ("lomo", "adalomo")
 _OF_EVERY_RUN = ("optim", "optim_args", "mend_loss_count", "sharpness_steps")
@@ -39,13 +40,17 @@ class SSAMArgumentsMixin:
         base_optim_args (`str`, *optional*): what the stock `optim_args` is to the base optimizer.
         rho (`float`, *optional*): radius ρ ≥ 0 of the perturbation, in the units of the method's ascent; `None` is the
             method's default.
+        rho_unit (`str`, defaults to `"weight"`): what ρ is: the length of the perturbation (`weight`), the rise of the
+            loss that it is predicted to cause (`loss`), or that rise as a share of the loss (`relative_loss`).
+        rho_max (`float`, defaults to 0.3): the longest perturbation where `rho_unit` is not `weight`.
         perturb (`str`, defaults to `"all"`): which parameters: `all`, `norm`, or a regular expression on their names.
 
     > Parameters that control when and over what
 
     Args:
         rho_scheduler_type (`str`, defaults to `"constant"`): how ρ changes over the run: `constant`, `linear`,
-            `cosine`, `polynomial`, or `lr` (in step with the learning rate).
+            `cosine`, `polynomial`; `lr` (in step with the learning rate); `warmup` (grows over `warmup_steps`) or
+            `cosine_up` (grows over the run); in Python also a function `(step, steps of the run) -> factor`.
         ascent_scope (`str`, defaults to `"global"`): whose gradient the perturbation follows: that of the whole batch,
             of the `rank`, or of the `micro_batch` (mSAM).
         num_micro_batches (`int`, defaults to 1): split each batch into that many parts which ascend by themselves;
@@ -75,6 +80,12 @@ class SSAMArgumentsMixin:
     )
     base_optim_args: str | None = field(default=None, metadata={"help": "`optim_args` of the base optimizer."})
     rho: float | None = field(default=None, metadata={"help": "Radius of the perturbation; None: the method's."})
+    rho_unit: Literal[RHO_UNITS] = field(  # type: ignore[valid-type]
+        default="weight", metadata={"help": "What rho is: a length, a rise of the loss, or that as a share of it."}
+    )
+    rho_max: float = field(
+        default=RHO_MAX, metadata={"help": "The longest perturbation where rho_unit is not `weight`."}
+    )
     rho_scheduler_type: Literal[RHO_SCHEDULES] = field(  # type: ignore[valid-type]
         default="constant", metadata={"help": "How rho changes over the run; `lr` follows the learning rate."}
     )
@@ -147,7 +158,7 @@ class SSAMArgumentsMixin:
                     f"optim_args: method `{self.optim}` has no option `{name}`; its options are "
                     f"{', '.join(sorted(known))}, and those of the base optimizer go into base_optim_args."
                 )
-        return get_method(self.optim, **options)
+        return get_method(self.optim, self.rho_unit, self.rho_max, **options)
 
     def base_arguments(self) -> SSAMArgumentsMixin:
         """These arguments as a stock Trainer would be given them: `optim` is the base optimizer."""
@@ -188,7 +199,10 @@ class SSAMArgumentsMixin:
 
     def to_dict(self) -> dict[str, Any]:
         """As the parent's, which trackers log and callbacks write; it hides tokens, this hides every secret field."""
-        return masked(super().to_dict(), lambda name: f"<{name.upper()}>")
+        values = masked(super().to_dict(), lambda name: f"<{name.upper()}>")
+        if callable(schedule := self.rho_scheduler_type):
+            values["rho_scheduler_type"] = f"{schedule.__module__}.{schedule.__qualname__}"
+        return values
 
     def check_ssam(self) -> None:
         """Refuse what cannot work, naming the argument and the way out.
@@ -215,10 +229,10 @@ class SSAMArgumentsMixin:
                 f"base_optim: `{base}` cannot be chosen, since {self.optim} brings an optimizer of its own, with "
                 "adam_beta1, adam_beta2 and adam_epsilon; drop base_optim and its args, or use optim=sam with them."
             )
-        for name, choices in (("ascent_scope", SCOPES), ("rho_scheduler_type", RHO_SCHEDULES)):
-            if getattr(self, name) not in choices:
-                listed = ", ".join(choices)
-                raise ValueError(f"{name}: `{getattr(self, name)}` does not exist; choose one of {listed}.")
+        check_schedule(self.rho_scheduler_type)
+        if self.ascent_scope not in SCOPES:
+            listed = ", ".join(SCOPES)
+            raise ValueError(f"ascent_scope: `{self.ascent_scope}` does not exist; choose one of {listed}.")
         if not 0 <= self.ascent_start < float("inf"):
             raise ValueError(f"ascent_start: {self.ascent_start} is not allowed; choose a ratio below 1, or a step.")
         if self.num_micro_batches > 1 and self.ascent_scope != "micro_batch":

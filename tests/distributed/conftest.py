@@ -34,6 +34,12 @@ def fsdp2(two_processes: TwoProcesses) -> Runs:
 
 
 @pytest.fixture(scope="session")
+def adapters(two_processes: TwoProcesses) -> Runs:
+    """What those of `adapters_worker.py` leave."""
+    return Runs(two_processes, "adapters")
+
+
+@pytest.fixture(scope="session")
 def methods(two_processes: TwoProcesses) -> Runs:
     """What those of `methods_worker.py` leave."""
     return Runs(two_processes, "methods")

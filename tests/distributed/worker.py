@@ -7,10 +7,10 @@ import sys
 
 import torch.distributed as dist
 
-from tests.distributed import ddp_worker, fsdp2_worker, methods_worker
+from tests.distributed import adapters_worker, ddp_worker, fsdp2_worker, methods_worker
 from tests.distributed.launching import WORLD, main
 
-KINDS = {"ddp": ddp_worker, "fsdp2": fsdp2_worker, "methods": methods_worker}
+KINDS = {"adapters": adapters_worker, "ddp": ddp_worker, "fsdp2": fsdp2_worker, "methods": methods_worker}
 SCENARIOS = {f"{kind}/{name}": run for kind, module in KINDS.items() for name, run in module.SCENARIOS.items()}
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_ssam import METHODS, TwoPass
+from hf_ssam import TwoPass
 from hf_ssam.methods.ausam import average_rise
 from hf_ssam.rules import tensors
 from hf_ssam.rules.state import MethodState
+from tests.support.cases import WHOLE_MODEL
 
 
 class Counter(TorchDispatchMode):
@@ -69,7 +70,7 @@ def counted(method: str, layers: int, steps: int, **options) -> Counter:
     return counter
 
 
-WHOLE = sorted(METHODS.keys() - {"sparse_sam", "esam", "ausam"})
+WHOLE = sorted({*WHOLE_MODEL} - {"sparse_sam", "esam", "ausam"})
 """Methods that look at no single samples."""
 
 

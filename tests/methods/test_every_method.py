@@ -12,8 +12,9 @@ from transformers import TrainingArguments
 
 from hf_ssam import METHODS, SSAMTrainer
 from tests.support.cases import (
+    ADAPTER_CASES,
     CASES,
-    ONE_PASS_CASES,
+    MAIN_ONE_PASS_CASES,
     OWN_OPTIMIZER_CASES,
     Case,
     MendedTrainer,
@@ -34,14 +35,14 @@ MASKING = (
     Case("sparse_sam", {"update_freq": 2, "mask": "dynamic"}),
     Case("sparse_sam", {"structure": "tensor", "num_samples": 4}),
 )
-REST = (*SELECTING, *MASKING, ONE_PASS_CASES[0], *OWN_OPTIMIZER_CASES)
+REST = (*SELECTING, *MASKING, *MAIN_ONE_PASS_CASES, *OWN_OPTIMIZER_CASES)
 rest = pytest.mark.parametrize("case", REST, ids=lambda c: c.id)
-PASSES = {"esam": 1.5, "ausam": 1.0, "momentum_sam": 1.0}
+PASSES = {"esam": 1.5, "ausam": 1.0, **{c.method: 1.0 for c in MAIN_ONE_PASS_CASES}}
 """Passes a step at the options above; 2 elsewhere, and 4 samples of 16 at a refresh of a Fisher mask."""
 
 
 def test_every_method_of_the_table_is_put_to_the_shared_cases():
-    assert {c.method for c in (*CASES, *REST)} == set(METHODS)
+    assert {c.method for c in (*CASES, *REST, *ADAPTER_CASES)} == set(METHODS)
 
 
 def buffers(model: torch.nn.Module) -> dict:
@@ -50,14 +51,15 @@ def buffers(model: torch.nn.Module) -> dict:
 
 @rest
 def test_batch_norm_moves_once_a_micro_batch(case: Case):
-    """As under the stock Trainer for one step; ausam's forwards see half of the samples, and only the count holds."""
+    """As under the stock Trainer for one step; where the one forward sees half of the samples, or noisy weights, only
+    the count holds."""
     given = {"max_steps": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
     stock = trained(resnet(), arguments(TrainingArguments, optim="sgd", **given), image_data(), cls=MendedTrainer)
     ours = trained(resnet(), case_arguments(case, **given), image_data())
     moved, expected = buffers(ours.model), buffers(stock.model)
     counted = [n for n in moved if n.endswith("num_batches_tracked")]
     assert counted and all(moved[n] == 2 for n in counted)
-    if case.method == "ausam":
+    if case.method in ("ausam", "random_perturbation"):
         assert any(not torch.equal(moved[n], expected[n]) for n in moved)
     else:
         assert_identical(moved, expected)
@@ -83,8 +85,8 @@ def test_the_weights_come_back_when_the_second_pass_fails_and_training_goes_on(c
     hook = model.register_forward_pre_hook(fail_where_perturbed)
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.train()
-    # Momentum-SAM perturbs from its second step on: its momentum is zero before.
-    assert failed == ([1] if case.method == "momentum_sam" else [0])
+    # What looks back perturbs from its second step on: there is nothing to look at before.
+    assert failed == ([1] if case.method in ("momentum_sam", "stale_sam") else [0])
     assert_identical(before[-1], weights(model))
     hook.remove()
     again = bert(0.0)

@@ -14,6 +14,7 @@ from tests.support import reference
 from tests.support.cases import (
     CASES,
     ONE_PASS_CASES,
+    WHOLE_MODEL,
     Case,
     arguments,
     assert_identical,
@@ -109,8 +110,14 @@ def test_the_one_pass_methods_follow_their_references():
         reports = sgd_with_engine(model, TwoPass(model, case.method, case.rho, **case.options), batches, lr=0.1)
         torch.testing.assert_close(reference.flat(model.parameters()), expected, rtol=1e-10, atol=1e-13)
         assert {r.passes for r in reports} == {1.0}
-        assert reports[0].perturbation_norm == 0
-        torch.testing.assert_close(reports[1].perturbation_norm, torch.tensor(case.rho).double())
+
+
+@pytest.mark.parametrize("method", ["momentum_sam", "stale_sam"])
+def test_what_looks_back_perturbs_by_rho_from_its_second_step_on(method: str):
+    model, batches = regression()
+    reports = sgd_with_engine(model, TwoPass(model, method, 0.1), batches, lr=0.1)
+    assert reports[0].perturbation_norm == 0
+    torch.testing.assert_close(reports[1].perturbation_norm, torch.tensor(0.1).double())
 
 
 def passes_counted(case: Case, steps: int) -> tuple[int, float]:
@@ -137,6 +144,9 @@ def passes_counted(case: Case, steps: int) -> tuple[int, float]:
         (Case("looksam", {"k": 2}), 15),
         (Case("look_layersam", {"k": 5}), 12),
         (Case("momentum_sam"), 10),
+        (Case("random_perturbation"), 10),
+        (Case("stale_sam"), 10),
+        (Case("functional_sam"), 20),
     ],
     ids=lambda value: value.id if isinstance(value, Case) else str(value),
 )
@@ -179,7 +189,7 @@ def test_an_option_out_of_range_is_refused(method, options, message):
         get_method(method, **options)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", WHOLE_MODEL)
 def test_a_row_of_the_table_is_the_method_with_its_defaults(name):
     gradients = []
     for method in (name, METHODS[name], get_method(name)):

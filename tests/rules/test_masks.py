@@ -14,7 +14,8 @@ from hf_ssam.engine.parameters import transposed_names
 from hf_ssam.methods.esam import random_subset
 from hf_ssam.methods.sparse_sam import dynamic
 from hf_ssam.rules.context import StepContext
-from hf_ssam.rules.masks import largest, n_of_m, uniform
+from hf_ssam.rules.masks import largest, n_of_m
+from hf_ssam.rules.noise import uniform
 from hf_ssam.rules.space import ParameterSpace
 from tests.engine.test_two_pass import loss_of, regression, sgd_with_engine
 from tests.support.cases import assert_identical, weights

@@ -77,16 +77,44 @@ CASES = (
     Case("wsam", {"gamma": 0.6}),
     Case("wsam", {"gamma": 0.7, "renormalize": True}),
     Case("vasso", {"theta": 0.4}),
+    Case("functional_sam"),
+    Case("functional_sam", {"renormalize": True}),
 )
 
-ONE_PASS_CASES = (Case("momentum_sam"), Case("momentum_sam", {"momentum": 0.5}))
+ONE_PASS_CASES = (
+    Case("momentum_sam"),
+    Case("momentum_sam", {"momentum": 0.5}),
+    Case("random_perturbation"),
+    Case("random_perturbation", {"seed": 3}),
+    Case("stale_sam"),
+)
 """Methods that never take a second pass, for the tests that do not ask for one."""
 
 OWN_OPTIMIZER_CASES = (Case("adasam"),)
 """Methods that bring their base optimizer, for the tests that do not choose one."""
 
+ADAPTER_CASES = (
+    Case("nbar", rho=0.5),
+    Case("obar", rho=0.5),
+    Case("flat_lora", {"growing": False}),
+    Case("flat_lora", rho=0.3),
+    Case("bi_lora", {"r": 2}),
+    Case("bi_lora", {"r": 3, "ascent_optim": "sgd", "lr_ratio": 5.0}),
+)
+"""Methods that work on the adapters of a model, for the tests whose model has some."""
+
+MAIN_ADAPTER_CASES = tuple({c.method: c for c in reversed(ADAPTER_CASES)}.values())[::-1]
+"""The first case of each of them."""
+
+WHOLE_MODEL = tuple(n for n in METHODS if n not in {c.method for c in ADAPTER_CASES})
+"""Names of the methods that work on any model."""
+
 MAIN_CASES = tuple({c.method: c for c in reversed(CASES)}.values())[::-1]
 """The first case of each method, for what is too slow to run for all."""
+
+
+MAIN_ONE_PASS_CASES = tuple({c.method: c for c in reversed(ONE_PASS_CASES)}.values())[::-1]
+"""The first case of each of them."""
 
 
 def bert(dropout: float = 0.1, labels: int = 3, seed: int = 1) -> BertForSequenceClassification:

@@ -126,6 +126,46 @@ def momentum_sam(gradient: Gradient, w: Tensor, state: dict, rho: float, *, mome
     return g
 
 
+def stale_sam(gradient: Gradient, w: Tensor, state: dict, rho: float, **o: Any) -> Tensor:
+    """The gradient at w + ρ d/‖d‖ with the d of the step before (as restated from S²-SAM and arXiv 2503.11147)."""
+    d = gradient(w + rho * _unit(state["d"])) if "d" in state else gradient(w)
+    state["d"] = d
+    return d
+
+
+def functional_sam(gradient: Gradient, w: Tensor, state: dict, rho: float, **o: Any) -> Tensor:
+    """Functional SAM (arXiv 2502.02407): J(w + e)ᵀ G with G = ∂L/∂logits at w and J the Jacobian of the logits."""
+    model, logits = gradient.model, []
+
+    def see(module: nn.Module, args: Any, out: Any) -> None:
+        logits.append(out if isinstance(out, Tensor) else out["logits"])
+
+    g, hook = gradient(w), model.register_forward_hook(see)
+    load(model, w)
+    derivatives = torch.autograd.grad(gradient.loss(), logits)
+    before = len(logits)
+    load(model, w + rho * _unit(g))
+    gradient.loss()
+    hook.remove()
+    through = sum((now * then).sum() for now, then in zip(logits[before:], derivatives, strict=True))
+    d = flat(torch.autograd.grad(through, [p for p in model.parameters() if p.requires_grad]))
+    return _descended(d, g, o)
+
+
+def random_perturbation(
+    gradient: Gradient, w: Tensor, state: dict, rho: float, *, shapes: list, seed: int = 0, **o: Any
+) -> Tensor:
+    """Row by row: the gradient at w + e, e_ij ~ N(0, ρ²‖w_i‖²/n), from the stream that `rules.noise` promises."""
+    step = state["t"] = state.get("t", -1) + 1
+    stream, e = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_000_003), []
+    for w_l, shape in zip(w.split([math.prod(shape) for shape in shapes]), shapes, strict=True):
+        noise = torch.randn(shape, dtype=w.dtype, generator=stream)
+        rows = w_l.view(shape[0] if len(shape) > 1 else 1, -1)
+        for row, drawn in zip(rows, noise.view_as(rows), strict=True):
+            e.append(rho * row.norm() / math.sqrt(len(row)) * drawn)
+    return gradient(w + torch.cat(e))
+
+
 REFERENCES: Mapping[str, Callable[..., Tensor]] = {
     "ssam": _preset(renormalize=True),
     "sam": _preset(),
@@ -138,6 +178,9 @@ REFERENCES: Mapping[str, Callable[..., Tensor]] = {
     "wsam": wsam,
     "vasso": vasso,
     "momentum_sam": momentum_sam,
+    "random_perturbation": random_perturbation,
+    "stale_sam": stale_sam,
+    "functional_sam": functional_sam,
     "adasam": _preset(),
 }
 
@@ -164,6 +207,7 @@ def gradient_of(model: nn.Module, loss: Callable[[], Tensor]) -> Gradient:
         grads = torch.autograd.grad(loss(), params, allow_unused=True)
         return flat(torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True))
 
+    gradient.model, gradient.loss = model, loss  # for a method that needs more than a gradient
     return gradient
 
 
@@ -178,7 +222,8 @@ def sgd(
 ) -> Tensor:
     """The weights after plain SGD along the method's gradient, one step for each loss."""
     w, state = flat(p for p in model.parameters() if p.requires_grad), {}
-    layout = {"is_weight": weight_mask(model), "sizes": [p.numel() for p in model.parameters() if p.requires_grad]}
+    shapes = [p.shape for p in model.parameters() if p.requires_grad]
+    layout = {"is_weight": weight_mask(model), "shapes": shapes, "sizes": [math.prod(shape) for shape in shapes]}
     for loss in losses:
         w = w - lr * REFERENCES[method](gradient_of(model, loss), w, state, rho, **layout, **options)
     return w

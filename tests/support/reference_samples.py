@@ -1,7 +1,7 @@
 """ESAM, AUSAM and Sparse SAM the slow way: float64, one flat vector, straight from their equations.
 
 They need more than a gradient: the losses and gradients of single samples, which a `Problem` gives. Nothing of hf_ssam
-is used here; what is drawn at random is drawn from the stream that the documentation of `masks.uniform` and
+is used here; what is drawn at random is drawn from the stream that the documentation of `rules.noise` and
 `selection.by_rise` promises: torch's generator, seeded by the method's seed and the step alone.
 """
 

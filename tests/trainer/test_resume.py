@@ -30,6 +30,7 @@ from hf_ssam.trainer.checkpoints import (
 )
 from tests.support import resume_run
 from tests.support.cases import (
+    MAIN_ONE_PASS_CASES,
     Case,
     MendedTrainer,
     arguments,
@@ -107,7 +108,22 @@ def test_every_method_resumes_bit_for_bit(case: Case):
     assert logged(resumed) == entries
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "polynomial", "lr"])
+@pytest.mark.parametrize("case", MAIN_ONE_PASS_CASES, ids=lambda c: c.id)
+def test_every_one_pass_method_resumes_bit_for_bit(case: Case):
+    assert_resumes(case=case, **ACCUMULATED)
+
+
+@pytest.mark.parametrize("case", MAIN_ONE_PASS_CASES, ids=lambda c: c.id)
+def test_every_one_pass_method_is_the_stock_trainer_without_a_radius(case: Case):
+    """Law 1, with dropout: weights, optimizer, generators."""
+    stock = {k: v for k, v in SAVED.items() if k != "base_optim"}
+    theirs = ended(arguments(TrainingArguments, optim="adamw_torch", **stock), cls=MendedTrainer)
+    theirs.two_pass = None
+    expected = everything(theirs)
+    assert_same(everything(ended(case_arguments(Case(case.method, rho=0.0), **SAVED)), engine=False), expected)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "polynomial", "lr", "cosine_up"])
 def test_every_schedule_resumes_bit_for_bit(schedule: str):
     assert_resumes(case=Case("ssam", {"normalize": False}), rho_scheduler_type=schedule)
 

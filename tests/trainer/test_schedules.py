@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from fractions import Fraction
 
 import pytest
@@ -29,6 +30,7 @@ CLOSED_FORMS = {
     "linear": lambda t, steps: 1 - t / steps,
     "cosine": lambda t, steps: 0.5 * (1 + math.cos(math.pi * t / steps)),
     "polynomial": lambda t, steps: (1 - 1e-7) * (1 - t / steps) + 1e-7,
+    "cosine_up": lambda t, steps: 0.5 * (1 - math.cos(math.pi * t / steps)),
 }
 
 
@@ -40,7 +42,7 @@ def test_schedules_are_their_closed_forms(name: str):
 
 def test_the_schedule_tied_to_the_learning_rate_is_its_share():
     assert [rho_factor("lr", 20)(7, share) for share in (0.0, 0.25, 1.0)] == [0.0, 0.25, 1.0]
-    assert set(RHO_SCHEDULES) == {*CLOSED_FORMS, "lr"}
+    assert set(RHO_SCHEDULES) == {*CLOSED_FORMS, "lr", "warmup"}
 
 
 def test_an_unknown_schedule_is_refused():
@@ -57,7 +59,48 @@ def perturbations(**given) -> list[float | None]:
 @pytest.mark.parametrize("name", CLOSED_FORMS)
 def test_rho_follows_its_schedule_through_the_trainer(name: str):
     expected = [0.2 * CLOSED_FORMS[name](t, 6) for t in range(6)]
-    assert perturbations(max_steps=6, rho_scheduler_type=name) == pytest.approx(expected, rel=1e-5)
+    found = [e or 0.0 for e in perturbations(max_steps=6, rho_scheduler_type=name)]  # without a radius: a plain step
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_rho_warms_up_with_the_learning_rate_and_stays():
+    found = perturbations(max_steps=6, rho_scheduler_type="warmup", warmup_steps=4)
+    assert found[0] is None
+    assert found[1:] == pytest.approx([0.2 * share for share in (0.25, 0.5, 0.75, 1.0, 1.0)], rel=1e-5)
+    found = perturbations(max_steps=6, rho_scheduler_type="warmup", warmup_steps=0.5)
+    assert found[1:] == pytest.approx([0.2 * share for share in (1 / 3, 2 / 3, 1.0, 1.0, 1.0)], rel=1e-5)
+
+
+def test_nothing_to_warm_up_over_is_refused():
+    with pytest.raises(ValueError, match="`warmup` grows over warmup_steps, which is 0; set warmup_steps, or choose"):
+        perturbations(max_steps=2, rho_scheduler_type="warmup")
+
+
+def halved_each_step(step: int, steps: int) -> float:
+    return 0.5**step
+
+
+def test_rho_follows_a_function_and_the_arguments_are_saved_with_it():
+    args = case_arguments(
+        Case("sam", rho=0.2), max_steps=4, rho_scheduler_type=halved_each_step, save_strategy="steps"
+    )
+    trainer = trained(gpt2(), args, lm_data())
+    found = [e["ssam/perturbation_norm"] for e in trainer.state.log_history if "ssam/loss" in e]
+    assert found == pytest.approx([0.2 * 0.5**t for t in range(4)], rel=1e-5)
+    trainer.save_model(args.output_dir)
+    assert "halved_each_step" in args.to_json_string()
+    assert pickle.loads(pickle.dumps(args)).rho_scheduler_type is halved_each_step
+
+
+def falls_below_zero(step: int, steps: int) -> float:
+    return 1.0 - step
+
+
+def test_a_function_that_cannot_be_saved_or_leaves_its_range_is_refused():
+    with pytest.raises(ValueError, match="cannot be saved with the run's arguments; define it by `def` at the top"):
+        case_arguments(Case("sam"), rho_scheduler_type=lambda step, steps: 1.0)
+    with pytest.raises(ValueError, match="rho_scheduler_type: the function gives -1.0 for step 2; return a finite"):
+        perturbations(max_steps=4, rho_scheduler_type=falls_below_zero)
 
 
 def test_rho_follows_the_learning_rate_through_its_warm_up():

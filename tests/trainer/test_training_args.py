@@ -74,7 +74,7 @@ def test_stock_names_stay_stock(name):
 
 
 MISTYPED = (
-    r"optim: there is no `ssma`; did you mean `ssam`.*\? Methods: ssam, sam, .*; "
+    r"optim: there is no `ssma`; did you mean `ssam`.*\? Methods: ssam, .*; "
     "or a stock optimizer name such as adamw_torch, sgd"
 )
 

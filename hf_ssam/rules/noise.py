@@ -1,0 +1,62 @@
+"""Random draws that seed, step and shard alone determine: replicas and resumed runs draw alike without a word.
+
+The process's own generators are neither read nor moved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .context import Rule, StepContext
+from .rows import row_length, row_norms
+from .tensors import Vector, empties
+
+
+def uniform(v: Vector, context: StepContext, seed: int) -> Vector:
+    """Numbers from [0, 1), of the shapes of `v`."""
+    drawn = {n: torch.empty(t.shape, device=t.device) for n, t in v.items()}
+    return _filled(drawn, context, seed, lambda t, generator: t.uniform_(generator=generator))
+
+
+def normal(v: Vector, context: StepContext, seed: int) -> Vector:
+    """Numbers of a standard normal distribution, of the shapes and dtypes of `v`."""
+    drawn = dict(zip(v, empties(list(v.values())), strict=True))
+    return _filled(drawn, context, seed, lambda t, generator: t.normal_(generator=generator))
+
+
+def filterwise(seed: int) -> Rule:
+    """`u_ij ~ N(0, ‖w_i‖²/n)` for each row i of a weight, n its length: every row moves by about its own length.
+
+    Rows are those of `rules.rows`. No rescaling of a row changes its relative noise, and what is zero stays zero. A
+    bias or the weight of a normalisation moves as one row, as in LPF-SGD's code; whoever wants vectors left alone, as
+    in the plots of Li et al. 2018 (arXiv 1712.09913), says so by `perturb`.
+    """
+
+    def rule(v: Vector, context: StepContext) -> Vector:
+        drawn = normal(context.w, context, seed)
+        norms = row_norms(context.space, context.w)
+        lengths = [math.sqrt(max(1, row_length(context.space, n))) for n in drawn]
+        scales = torch._foreach_div([norms[n] for n in drawn], lengths)
+        torch._foreach_mul_(list(drawn.values()), list(scales))
+        return drawn
+
+    return rule
+
+
+def _filled(
+    drawn: dict[str, Tensor], context: StepContext, seed: int, fill: Callable[[Tensor, torch.Generator], Tensor]
+) -> dict[str, Tensor]:
+    """`drawn`, filled in place one tensor after the other, from one generator a device and shard."""
+    generators: dict[tuple, torch.Generator] = {}
+    for name, t in drawn.items():
+        shard = context.space.shard(name)
+        if (t.device, shard) not in generators:
+            number = sum(rank * 1009 ** (i + 1) for i, rank in enumerate(shard))
+            generator = torch.Generator(t.device)
+            generators[t.device, shard] = generator.manual_seed((seed * 1_000_003 + context.step) * 1_000_003 + number)
+        fill(t, generators[t.device, shard])
+    return drawn
