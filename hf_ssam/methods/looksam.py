@@ -14,7 +14,7 @@ import torch
 from ..rules.ascent import normalize
 from ..rules.context import Rule, StepContext, every
 from ..rules.descent import orthogonal
-from ..rules.tensors import EPS, Vector, added, copied, restricted
+from ..rules.tensors import EPS, Vector, added_, copied, restricted
 from .method import Method, Paper, Rules
 from .options import Option
 
@@ -47,7 +47,7 @@ def look(alpha: float) -> Rule:
         kept = restricted(context.state.read("orthogonal"), v)
         if not kept or alpha == 0:
             return v
-        return added(v, kept, alpha * context.norm(v) / (context.space.norm(kept) + EPS))
+        return added_(v, kept, alpha * context.norm(v) / (context.space.norm(kept) + EPS))
 
     return rule
 

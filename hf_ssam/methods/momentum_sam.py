@@ -34,8 +34,9 @@ def remember(decay: float) -> Rule:
 
     def rule(v: Vector, context: StepContext) -> Vector:
         kept = context.state.read("momentum")
-        new = {n: t for n, t in v.items() if n not in kept}
-        context.state.stage("momentum", {**added(scaled(kept, decay), restricted(v, kept)), **copied(new)})
+        seen = added(restricted(v, kept), kept, decay)
+        new = copied(restricted(v, [n for n in v if n not in kept]))
+        context.state.stage("momentum", {**seen, **new})
         return v
 
     return rule

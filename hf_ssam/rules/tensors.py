@@ -255,6 +255,13 @@ def added(u: Vector, v: Vector, factor: float | Tensor = 1.0) -> Vector:
     return {**{n: sums[n] if n in sums else u[n] for n in u}, **rest}
 
 
+def added_(u: Vector, v: Vector, factor: float | Tensor = 1.0) -> Vector:
+    """`u + factor · v` in the memory of `u`, over the names of `v`, which `u` has: for a rule's own argument."""
+    (tensors, own), (others, other) = parts(u), parts(v)
+    add_([tensors[n] for n in others], list(others.values()), other * factor / own)
+    return u
+
+
 def move(w: Vector, u: Vector, distance: float, spent: bool = False) -> None:
     """`w ← w + distance · u` in place, over the names of `u`; a `spent` direction may be overwritten."""
     tensors, factor = parts(u)
