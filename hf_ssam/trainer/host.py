@@ -48,7 +48,21 @@ GRADIENT_STATE = "accelerate.state.GradientState"
 DDP = "torch.nn.parallel.DistributedDataParallel"
 FSDP = "torch.distributed.fsdp.FSDPModule"
 _MANY = "one call for many tensors (law 7)"
-_FOREACH = ("abs_", "add", "add_", "addcmul_", "clone", "copy_", "div", "maximum_", "mul", "mul_", "norm", "sqrt")
+_FOREACH = (
+    "abs_",
+    "add",
+    "add_",
+    "addcmul_",
+    "clone",
+    "copy_",
+    "div",
+    "lerp_",
+    "maximum_",
+    "mul",
+    "mul_",
+    "norm",
+    "sqrt",
+)
 
 HOOKS = (
     # The run: the engine is built, steps, and is saved here.

@@ -30,6 +30,10 @@ class Mutation:
 NOT_FINITE = ("tests/engine/test_not_finite.py",)
 SHARES = ("tests/engine/test_micro_batch_shares.py",)
 KEPT = ("tests/methods/test_kept_state.py",)
+ON_LORA = ("tests/methods/test_adapters.py",)
+NOISE = ("tests/rules/test_noise.py",)
+BUDGET = ("tests/rules/test_budget.py",)
+FUNCTIONAL = ("tests/methods/test_functional_sam.py",)
 VECTORS = ("tests/rules/test_vectors.py",)
 MASKS = ("tests/rules/test_masks.py",)
 DESCENT = ("tests/rules/test_descent.py", "tests/rules/test_orthogonal.py")
@@ -93,6 +97,10 @@ RULES = (
     Mutation("rules/masks.py", "ties beyond the count", "(place <= room.to(place.device))", "(place <= room.to(place.device) + 1)", MASKS),
     Mutation("rules/selection.py", "7.000000000000001 is eight samples", "math.ceil(round(share * size, 9))", "math.ceil(share * size)", SELECTION),
     Mutation("rules/state.py", "what a spoiled step staged is kept", "return new if known else", "return new if True else", PRECISION),
+    Mutation("rules/noise.py", "noise of the same length at every width", "for n in drawn]\n        scales", "for n in []]\n        scales", NOISE),
+    Mutation("rules/noise.py", "every step draws alike", "(seed * 1_000_003 + context.step)", "(seed * 1_000_003)", NOISE),
+    Mutation("rules/rows.py", "rows of a transposed weight are its inputs", "output = 1 if name in space.transposed else 0", "output = 0", NOISE),
+    Mutation("rules/budget.py", "no longest perturbation", "torch.minimum(rise / (_slope(v, context) + EPS), longest)", "rise / (_slope(v, context) + EPS)", BUDGET),
     Mutation("rules/state.py", "one micro-batch's overflow takes nothing back", "if commits > 1:", "if commits > 2:", PRECISION),
 )
 
@@ -104,6 +112,13 @@ METHODS = (
     Mutation("methods/looksam.py", "a second pass at other steps", "second_pass=every(k)", "second_pass=every(k + 1)", REFERENCE),
     Mutation("methods/ausam.py", "a sample drawn twice counts once", "times, total = same.sum(1), same @ rises.float()", "times, total = torch.ones_like(same[0]), rises.float()", KEPT),
     Mutation("methods/ausam.py", "samples never seen are drawn least", "torch.where(seen & (span > 0), (mean - low) / span, 1.0)", "torch.where(seen & (span > 0), (mean - low) / span, 0.0)", SELECTION),
+    Mutation("methods/stale_sam.py", "the gradient that is kept is the host's", "**copied(v)}", "**v}", KEPT),
+    Mutation("methods/bar.py", "a skipped step is balanced", "finite.to(grows.device, grows.dtype) * (context.rho * context.lr)", "context.rho * context.lr", ON_LORA),
+    Mutation("methods/bar.py", "the product changes by more", "1 - a * sign])", "1 / (1 + a * sign)])", ON_LORA),
+    Mutation("methods/flat_lora.py", "noise by the rows of W alone", "torch.addmm(weight.to(dtype), b.to(dtype), a.to(dtype), alpha=layer.scaling)", "weight.to(dtype)", ON_LORA),
+    Mutation("methods/flat_lora.py", "all layers draw alike", "self._number + index", "self._number", ON_LORA),
+    Mutation("methods/bi_lora.py", "the clip scales each factor by the whole ratio", "torch.sqrt(torch.clamp(context.rho / (length + EPS), max=1.0))", "torch.clamp(context.rho / (length + EPS), max=1.0)", ON_LORA),
+    Mutation("methods/bi_lora.py", "a first step that is skipped ends the ascent", "torch.where(begun.to(first.device), kept.to(first), first)", "kept.to(first)", ON_LORA),
     Mutation("methods/esam.py", "a random part that is not unbiased", "1.0 / beta)", "1.0)", ("tests/methods/test_trajectories.py",)),
 )
 
@@ -114,7 +129,7 @@ ENGINE = (
     Mutation("engine/gradients.py", "one pass overlooks the loss", "finite(window.loss, context.grad_norm)", "finite(context.grad_norm)", NOT_FINITE),
     Mutation("engine/gradients.py", "no radius overlooks the loss", "finite(window.loss, grad_norm)", "finite(grad_norm)", NOT_FINITE),
     Mutation("engine/gradients.py", "a GradScaler is not told of a spoiled step", "torch.where(finite, 1.0, torch.nan)", "torch.where(finite, 1.0, 1.0)", NOT_FINITE),
-    Mutation("engine/gradients.py", "all weights move ahead, not the perturbed ones", "w = self.space.weights(self.perturbed)", "w = self.space.weights()", KEPT),
+    Mutation("engine/gradients.py", "all weights move ahead, not the perturbed ones", "self.space.weights(self.perturbed), {}", "self.space.weights(), {}", KEPT),
     Mutation("engine/passes.py", "the second pass sees stale casts", "torch.clear_autocast_cache()  #", "pass  #", ("tests/engine/test_precision.py::test_the_second_pass_casts_the_perturbed_weights",)),
     Mutation("engine/passes.py", "casts of perturbed weights outlive the step", "self._snapshot = None\n            torch.clear_autocast_cache()", "self._snapshot = None", AUTOCAST),
     Mutation("engine/gradients.py", "a micro-batch climbs by its share", "else window.share", "else 1.0", SHARES),
@@ -126,6 +141,13 @@ ENGINE = (
     Mutation("engine/per_sample.py", "a sample without labels is NaN", ".sum(1).clamp(min=1)", ".sum(1)", SAMPLES),
     Mutation("engine/labels.py", "labels are counted unshifted", "batch[\"labels\"][..., 1:] if", "batch[\"labels\"][..., 0:] if", SHARES + SAMPLES),
     Mutation("engine/labels.py", "a loss of a model's own is taken for a causal one", "return \"loss_function\" in", "return True or \"loss_function\" in", SAMPLES),
+    Mutation("engine/adapters.py", "a reference is perturbed", "return not module.disable_adapters and not module.merged and", "return not module.merged and", ON_LORA),
+    Mutation("engine/adapters.py", "the second adapter climbs by the loss scale", "t.mul_(inverse_unit.to(t.device) if isinstance(inverse_unit, Tensor) else inverse_unit)", "pass", ON_LORA),
+    Mutation("engine/adapters.py", "frozen layers stay replaced", "self._attributes.pop(\"forward\", None)", "pass", ON_LORA),
+    Mutation("engine/adapters.py", "ranks ascend apart", "self._ranks.average_over_data(tensors)", "pass", ("tests/distributed/test_lora.py",)),
+    Mutation("engine/logit_gradients.py", "a copy of the logits is asked", "while node is not None and node.name()", "while False and node.name()", FUNCTIONAL),
+    Mutation("engine/logit_gradients.py", "the second pass keeps its own gradient", "lambda gradient: gradients[call].to(gradient.dtype)", "lambda gradient: None", FUNCTIONAL),
+    Mutation("engine/gradients.py", "a micro-batch's loss is its share", "return window.loss / _share(window, self._ranks.scope)", "return window.loss", BUDGET),
     Mutation("engine/batches.py", "packed rows are cut as samples", "if len(value) != size:", "if len(value) < 0:", BATCHES),
 )
 
@@ -141,7 +163,7 @@ TRAINER = (
     Mutation("trainer/vector_files.py", "a lost shard is not missed", "if read[key] != local(tensor).numel():", "if False:", VECTOR_FILES),
     Mutation("trainer/sample_ids.py", "every sample is the first", "torch.tensor([row[ID] for row in rows])", "torch.tensor([rows[0][ID] for row in rows])", IDS),
     Mutation("trainer/sharpness_callback.py", "ρ of this step, perturbed or not", "return next(filter(None, radii), 0.0)", "return next(radii, 0.0)", CALLBACK),
-    Mutation("trainer/sharpness_callback.py", "Momentum-SAM measured along the gradient", "if rules.second_pass.interval is None or rules.per_example:", "if rules.per_example:", LEFT_OUT),
+    Mutation("trainer/sharpness_callback.py", "Momentum-SAM measured along the gradient", "rules.second_pass.interval is None or rules.per_example", "rules.per_example", LEFT_OUT),
 )
 
 SHARPNESS = (

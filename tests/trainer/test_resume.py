@@ -134,7 +134,15 @@ def test_every_scope_resumes_bit_for_bit(scope: str):
 
 
 @pytest.mark.parametrize(
-    "given", [{"ascent_interval": 3}, {"ascent_start": 3}, {"replay_rng": False}, {"perturb": "norm"}], ids=str
+    "given",
+    [
+        {"ascent_interval": 3},
+        {"ascent_start": 3},
+        {"replay_rng": False},
+        {"perturb": "norm"},
+        {"rho_unit": "relative_loss"},
+    ],
+    ids=str,
 )
 def test_every_other_setting_resumes_bit_for_bit(given: dict):
     assert_resumes(case=Case("ssam"), **given)
