@@ -107,7 +107,7 @@ RULES = (
 METHODS = (
     Mutation("methods/friendly_sam.py", "σ before the first average", "sigma * context.state.filled(\"average\")", "sigma", KEPT),
     Mutation("methods/momentum_sam.py", "the norm of all of the momentum", "restricted(context.state.read(\"momentum\"), context.w)", "context.state.read(\"momentum\")", KEPT),
-    Mutation("methods/momentum_sam.py", "momentum of a parameter that came later", "**copied(new)}", "}", KEPT),
+    Mutation("methods/momentum_sam.py", "momentum of a parameter that came later", "**seen, **new}", "**seen}", KEPT),
     Mutation("methods/looksam.py", "no epsilon under a layer's norm", "1.0 / (norms + EPS), 0.0)", "1.0 / norms, 0.0)", KEPT),
     Mutation("methods/looksam.py", "a second pass at other steps", "second_pass=every(k)", "second_pass=every(k + 1)", REFERENCE),
     Mutation("methods/ausam.py", "a sample drawn twice counts once", "times, total = same.sum(1), same @ rises.float()", "times, total = torch.ones_like(same[0]), rises.float()", KEPT),
@@ -119,7 +119,7 @@ METHODS = (
     Mutation("methods/flat_lora.py", "all layers draw alike", "self._number + index", "self._number", ON_LORA),
     Mutation("methods/bi_lora.py", "the clip scales each factor by the whole ratio", "torch.sqrt(torch.clamp(context.rho / (length + EPS), max=1.0))", "torch.clamp(context.rho / (length + EPS), max=1.0)", ON_LORA),
     Mutation("methods/bi_lora.py", "a first step that is skipped ends the ascent", "torch.where(begun.to(first.device), kept.to(first), first)", "kept.to(first)", ON_LORA),
-    Mutation("methods/esam.py", "a random part that is not unbiased", "1.0 / beta)", "1.0)", ("tests/methods/test_trajectories.py",)),
+    Mutation("rules/noise.py", "a random part that is not unbiased", "factor * LEVELS / limit", "factor", ("tests/methods/test_trajectories.py",)),
 )
 
 ENGINE = (
