@@ -1,0 +1,62 @@
+"""`suggest_rho`: ρ is measured on the first training batches, or taken from the checkpoint that a run goes on from."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import set_seed
+
+from ..engine.radius import Step, suggested
+from ..engine.replay import unchanged
+from .checkpoints import saved_rho
+from .sample_ids import without_ids
+
+STEPS = 4
+"""Optimizer steps whose batches are measured."""
+
+
+def starting_rho(trainer: Any, model: nn.Module, checkpoint: str | None, **engine: Any) -> float:
+    """ρ of a run with `suggest_rho`, and one line that says where it comes from.
+
+    Args:
+        trainer: the host, an `SSAMTrainerMixin`.
+        model: as its training step calls it.
+        checkpoint: where the run goes on from; None is the beginning.
+        **engine: as `TwoPass` takes it.
+    """
+    saved = None if checkpoint is None else saved_rho(checkpoint, trainer.args.optim)
+    if saved is not None:
+        trainer.say(f"suggest_rho: rho {saved:g}, as {checkpoint} has it")
+        return saved
+    with unchanged(model), trainer.host_counters_kept():
+        set_seed(trainer.args.seed)
+        found = suggested(
+            model.train(),
+            trainer.args.method(),
+            _steps(trainer, model),
+            start=trainer.args.rho,
+            mean_over_ranks=trainer.mean_over_ranks,
+            **engine,
+        )
+    trainer.say(f"suggest_rho: {found}")
+    return found.rho
+
+
+def _steps(trainer: Any, model: nn.Module) -> list[Step]:
+    """The passes of the first optimizer steps, in the order that the run's seed gives."""
+    accumulated = trainer.args.gradient_accumulation_steps
+    batches = [without_ids(batch) for batch in islice(trainer.get_train_dataloader(), STEPS * accumulated)]
+    share = 1 / min(accumulated, len(batches))
+    runs = [partial(_forward_backward, trainer, model, batch, share) for batch in batches]
+    whole = [runs[i : i + accumulated] for i in range(0, len(runs), accumulated)]
+    return [step for step in whole if len(step) == len(whole[0])]
+
+
+def _forward_backward(trainer: Any, model: nn.Module, batch: dict[str, Any], share: float) -> Tensor:
+    with trainer.compute_loss_context_manager():
+        loss = trainer.compute_loss(model, trainer._prepare_inputs({**batch})).mean() * share
+    loss.backward()
+    return loss
