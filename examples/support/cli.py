@@ -16,9 +16,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-
-class UsageError(Exception):
-    """The user's input cannot work; the message is one sentence with the way out."""
+from hf_ssam.saved.errors import UsageError
 
 
 class ExampleParser(HfArgumentParser):

@@ -11,8 +11,7 @@ from typing import Any
 from transformers import Trainer
 
 from hf_ssam.run_folder import RESULTS
-
-from .run_data import RunData
+from hf_ssam.saved.data import RunData
 
 COSTS = ("_time", "_runtime", "_per_second", "_num_tokens")
 

@@ -62,7 +62,7 @@ def too_far(rise: float, steps: int, rho: float) -> str | None:
     if not rise > TOO_FAR:
         return None
     return (
-        f"rho={rho:g} may be too large: over the first {steps} perturbed steps the ascent raises the loss by {rise:.0%} "
-        f"(median), where about {TARGET:.0%} is usual; to first order the rise is proportional to rho, so "
+        f"rho={rho:g} may be too large: over the first {steps} perturbed steps the ascent raises the loss by "
+        f"{rise:.0%} (median), where about {TARGET:.0%} is usual; to first order the rise is proportional to rho, so "
         f"rho={rho * TARGET / rise:.2g} would give that (rho · {TARGET:g}/{rise:.2g})."
     )

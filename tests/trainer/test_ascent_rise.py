@@ -56,7 +56,9 @@ def test_rise_of_a_linear_loss_is_rho_times_the_norm_of_its_gradient():
     assert float(re.search(r"so rho=(\S+) would", said[0])[1]) == pytest.approx(0.1 / 3, rel=0.1)
 
 
-@pytest.mark.parametrize("given", [{"rho": 0.15}, {"rho": 0.3, "steps": STEPS - 1}, {"rho": 3.0, "optim": "momentum_sam"}])
+@pytest.mark.parametrize(
+    "given", [{"rho": 0.15}, {"rho": 0.3, "steps": STEPS - 1}, {"rho": 3.0, "optim": "momentum_sam"}]
+)
 def test_rise_is_no_matter_below_a_half_in_a_short_run_and_without_a_second_pass(given):
     assert run(**given)[1] == []
 
