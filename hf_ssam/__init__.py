@@ -48,7 +48,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: a loop of one's own does not wait for the Trainer, nor the console command for torch."""
+    """Import what is asked for: a loop of one's own does not wait for the Trainer, nor a console command for torch."""
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module `{__name__}` has no attribute `{name}`.")

@@ -1,4 +1,4 @@
-"""`python -m hf_ssam` prints the method table as Markdown, the one that the README shows; with words it is `hf-ssam`."""
+"""`python -m hf_ssam` prints the README's table of methods; with words it is the command `hf-ssam`."""
 
 from __future__ import annotations
 

@@ -25,6 +25,12 @@ MAY_IMPORT = {
     "hub": {"rules", "methods", "engine", "sharpness", "plots", "run_folder"},
     "trainer": {"rules", "methods", "engine", "sharpness", "plots", "hub", "run_folder"},
     "run_folder": set(),
+    "saved": set(),
+    "cli": {"methods", "engine", "sharpness", "plots", "hub", "run_folder", "saved"},
+    "__main__": {"cli"},
+    "saved": set(),
+    "cli": {"methods", "engine", "sharpness", "plots", "hub", "run_folder", "saved"},
+    "__main__": {"cli"},
 }
 """What each part may import of the others, at the top of a file or inside a function."""
 

@@ -27,10 +27,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if args.pages:
         print("\n\n".join(map(pages.page, found)))
+    elif args.markdown:
+        print(pages.table(found))
     else:
-        print(
-            pages.table(found) if args.markdown else f"{pages.lines(found)}\n\nhf-ssam method NAME shows one of them."
-        )
+        print(f"{pages.lines(found)}\n\nhf-ssam method NAME shows one of them.")
 
 
 def searched(method: Method) -> str:

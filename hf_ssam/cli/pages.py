@@ -63,22 +63,19 @@ def cost(method: Method) -> str:
 
 def equation(method: Method) -> str:
     """What the file of its rules says: the citation, the equation, and why."""
-    doc = inspect.getmodule(method.rules).__doc__ or ""
-    return inspect.cleandoc(doc.partition("\n")[2]) or method.summary
+    doc = getattr(inspect.getmodule(method.rules), "__doc__", None) or ""
+    return doc.partition("\n")[2].strip("\n") or method.summary
 
 
 def written(option: Option) -> str:
     """A default, as it is written on the command line."""
-    return str(option.default).lower() if isinstance(option.default, bool) else str(option.default)
+    return _plain(option.default)
 
 
 def _option(name: str, option: Option) -> str:
-    needs = (
-        f" With `{option.only_if[0]}={' or '.join(map(_plain, option.only_if[1]))}` only." if option.only_if else ""
-    )
-    return textwrap.fill(
-        f"- `{name}={written(option)}` ({option.range}): {option.help}.{needs}", 110, subsequent_indent="  "
-    )
+    needed = option.only_if and f" Only with `{option.only_if[0]}={' or '.join(map(_plain, option.only_if[1]))}`."
+    text = f"- `{name}={written(option)}` ({option.range}): {option.help}.{needed or ''}"
+    return textwrap.fill(text, 110, subsequent_indent="  ", break_long_words=False)
 
 
 def _plain(value: object) -> str:

@@ -37,7 +37,7 @@ METHOD = Method(
     ssam,
     rho=0.05,
     paper=PAPER,
-    when="Start here: SAM's step at the base optimizer's length. With SGD it trains at larger learning rates than SAM; over AdamW it stays close to `sam`.",
+    when="Start here: SAM with the base optimizer's step length. Over AdamW it stays close to `sam`.",
     options={
         "normalize": Option(True, "e = ρ g/‖g‖; false gives e = ρ g, the form of the SSAM paper"),
         "adaptive": Option(
