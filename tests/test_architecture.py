@@ -28,9 +28,6 @@ MAY_IMPORT = {
     "saved": set(),
     "cli": {"methods", "engine", "sharpness", "plots", "hub", "run_folder", "saved"},
     "__main__": {"cli"},
-    "saved": set(),
-    "cli": {"methods", "engine", "sharpness", "plots", "hub", "run_folder", "saved"},
-    "__main__": {"cli"},
 }
 """What each part may import of the others, at the top of a file or inside a function."""
 

@@ -1,6 +1,6 @@
 """The figures of a run on one page, or several runs over each other.
 
-    hf-ssam plot out/trec                         # into out/trec/figures/run.png
+    hf-ssam plot out/trec                         # into out/trec/figures/training_curves.png
     hf-ssam plot out/trec out/trec-adamw          # into comparison.png
     hf-ssam plot out/trec --output page.png
 
@@ -25,12 +25,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UsageError("figures need matplotlib: pip install 'hf-ssam[plots]'") from error
+    from ..hub.card_file import FIGURE
     from ..plots import plot_run, plot_runs
     from ..saved.names import short_names
 
     runs = [read_run(source) for source in args.runs]
     if len(runs) == 1:
-        path = args.output or runs[0].folder / "figures" / "run.png"
+        path = args.output or runs[0].folder / "figures" / FIGURE
         plot_run(runs[0].log, path)
     else:
         path = args.output or Path("comparison.png")

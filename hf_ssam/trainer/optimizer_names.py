@@ -23,10 +23,9 @@ def checked_optim(name: Any) -> str:
     """
     name = plain(name)
     if name not in METHODS and name not in STOCK:
-        raise ValueError(
-            f"optim: there is no `{name}`{_nearest(name, (*METHODS, *STOCK))} Methods: {', '.join(METHODS)}; or a "
-            "stock optimizer name such as adamw_torch, sgd."
-        )
+        near = _nearest(name, (*METHODS, *STOCK))
+        every = f" Methods: {', '.join(METHODS)}; or a stock optimizer name such as adamw_torch, sgd."
+        raise ValueError(f"optim: there is no `{name}`{near}{every if near == '.' else ''}")
     return name
 
 
