@@ -69,7 +69,7 @@ def optim_help(methods: Mapping[str, Method]) -> str:
 
 def _row(method: Method) -> str:
     mark = ", experimental" if method.experimental else ""
-    return f"`{method.name}` ({method.paper.title}, rho {method.rho:g}, {method.passes} passes{mark})"
+    return f"`{method.name}` ({method.paper.short}, rho {method.rho:g}, {method.passes} passes{mark})"
 
 
 def options_help(methods: Mapping[str, Method]) -> str:
