@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..engine.batches import part_of
 from ..engine.parameters import trainable
 from ..engine.radius import TARGET, RhoSuggestion, suggested
 from ..methods import Method, get_method
@@ -51,8 +52,9 @@ def suggest_rho(
     chosen = method if isinstance(method, Method) else get_method(method, **options)
     like = next(iter(trainable(model).values()))
 
-    def forward_backward(batch: Batch) -> Tensor:
-        value = loss(model, moved(batch, like.device, like.dtype))
+    def forward_backward(batch: Batch, indices: Tensor | None = None) -> Tensor:
+        rows = batch if indices is None else part_of(batch, indices)
+        value = loss(model, moved(rows, like.device, like.dtype))
         value.backward()
         return value
 

@@ -90,7 +90,10 @@ def show_less(callbacks: list[TrainerCallback]) -> None:
     if is_in_notebook():
         table = notebook_table()
         ours[table.__base__] = table
-    callbacks[:] = [ours[type(c)]() if type(c) in ours else c for c in callbacks]
+    for index, callback in enumerate(callbacks):
+        if type(callback) in ours:
+            callbacks[index] = ours[type(callback)]()
+            vars(callbacks[index]).update(vars(callback))
 
 
 def opening(args: Any, rules: Rules, rho: float, max_steps: int) -> str:

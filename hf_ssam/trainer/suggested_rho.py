@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import set_seed
 
+from ..engine.batches import part_of
 from ..engine.radius import Step, suggested
 from ..engine.replay import unchanged
 from .checkpoints import saved_rho
@@ -55,8 +56,11 @@ def _steps(trainer: Any, model: nn.Module) -> list[Step]:
     return [step for step in whole if len(step) == len(whole[0])]
 
 
-def _forward_backward(trainer: Any, model: nn.Module, batch: dict[str, Any], share: float) -> Tensor:
+def _forward_backward(
+    trainer: Any, model: nn.Module, batch: dict[str, Any], share: float, indices: Tensor | None = None
+) -> Tensor:
+    rows = batch if indices is None else part_of(batch, indices)
     with trainer.compute_loss_context_manager():
-        loss = trainer.compute_loss(model, trainer._prepare_inputs({**batch})).mean() * share
+        loss = trainer.compute_loss(model, trainer._prepare_inputs({**rows})).mean() * share
     loss.backward()
     return loss
