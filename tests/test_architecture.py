@@ -141,6 +141,7 @@ def test_what_is_imported_is_declared():
     ]
     declared = {r.partition(">")[0].partition("[")[0].replace("-", "_").lower() for r in requirements}
     names = {name.split(".")[0] for path in FILES for name in modules_of(path.read_text("utf-8"), package_of(path))}
+    names = {{"PIL": "pillow"}.get(name, name) for name in names}
     assert names - sys.stdlib_module_names - {"hf_ssam"} <= declared
 
 

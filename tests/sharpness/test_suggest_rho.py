@@ -117,7 +117,7 @@ def test_suggestion_leaves_the_model_as_it_was_to_the_bit(build, data):
 
 
 def test_suggestion_leaves_the_model_as_it_was_when_it_fails():
-    model = bert()
+    model = bert().eval()
     before = weights(model)
 
     def fails(model, batch):
