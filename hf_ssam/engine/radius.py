@@ -3,8 +3,11 @@
     r(ρ) = (L(w + ρ u) − L(w)) / L(w)         u the method's own ascent direction on the batch
 
 A step of the engine reports both losses, so a step at each ρ of a grid measures r: by the method's own rules, under
-the dropout and the batch statistics of training, on any model that the engine trains. No optimizer steps, so the
-weights are those that training starts from.
+the dropout and the batch statistics of training, on any model that the engine trains.
+
+r depends on how far the model has been trained. MiniLM on TREC questions asks for ρ 0.17 with a head that knows
+nothing yet (loss 1.79), for 0.016 at a loss of 0.58 and for 0.006 at 0.26, and 0.05 harms the run. So a model that
+training is to change much is first trained plainly on the same few batches, until its loss is a third, and is put back.
 """
 
 from __future__ import annotations
@@ -32,6 +35,11 @@ TARGET = 0.1
 GRID = (0.25, 0.5, 1.0, 2.0, 4.0)
 """The radii that are measured on every step, in units of the one that fits the first step."""
 
+FALL = 1 / 3
+"""Plain training before the measurement ends where the loss has fallen to this share of what it was."""
+
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
 Step = Sequence[RunPass]
 """The passes of one optimizer step: one callable for each micro-batch."""
 
@@ -47,6 +55,7 @@ class RhoSuggestion:
         method: its name.
         losses: the loss at w of each step.
         rises: by ρ of the grid, the rise of each step as a share of its loss.
+        plain_steps: how many steps of plain training came before.
     """
 
     rho: float
@@ -56,10 +65,13 @@ class RhoSuggestion:
     method: str
     losses: tuple[float, ...]
     rises: dict[float, tuple[float, ...]]
+    plain_steps: int = 0
 
     def __str__(self) -> str:
-        spread = f"{self.low:.2g} to {self.high:.2g} over {len(self.losses)} batches"
-        return f"rho {self.rho:g} raises the loss of {self.method}'s ascent by {self.target:.0%} ({spread})"
+        after = f" after {self.plain_steps} plain steps, undone" if self.plain_steps else ""
+        batches = f"{len(self.losses)} batches of loss {statistics.mean(self.losses):.2g}{after}"
+        spread = f"{self.low:.2g} to {self.high:.2g} over {batches}"
+        return f"rho {self.rho:g}: the ascent of {self.method} raises the loss by {self.target:.0%} ({spread})"
 
 
 def suggested(
@@ -69,6 +81,8 @@ def suggested(
     *,
     target: float = TARGET,
     start: float | None = None,
+    optimizer: MakeOptimizer | None = None,
+    rounds: int = 8,
     mean_over_ranks: Callable[[Tensor], Tensor] = lambda t: t,
     **engine: Any,
 ) -> RhoSuggestion:
@@ -81,6 +95,8 @@ def suggested(
         steps: the passes of a few optimizer steps, which the method sees in this order, each at the same weights.
         target: rise of the loss, as a share of it.
         start: ρ at which the search begins; the method's default where None or 0.
+        optimizer: parameters -> an optimizer that trains the model plainly before; None: it is measured as it is.
+        rounds: times that this goes over the steps, at most.
         mean_over_ranks: averages a tensor over the ranks, which all call this in step.
         **engine: as `TwoPass` takes it.
 
@@ -97,6 +113,7 @@ def suggested(
         return _read([_measured(two_pass, step) for step in of], mean_over_ranks)
 
     with _as_it_was(model):
+        plain_steps = 0 if optimizer is None else _train(model, optimizer, steps, rounds, mean_over_ranks)
         middle = _fitting(lambda rho: rises(rho, steps[:1])[0][1], checked_rho(start, method) or method.rho, target)
         grid = [middle * factor for factor in GRID]
         table = [rises(rho, steps) for rho in grid]
@@ -104,7 +121,7 @@ def suggested(
     curves = {rho: tuple(rise for _, rise in row) for rho, row in zip(grid, table, strict=True)}
     each = [crossing(grid, [curves[rho][i] for rho in grid], target) for i in range(len(steps))]
     rho = float(f"{statistics.median(each):.2g}")
-    return RhoSuggestion(rho, min(each), max(each), target, method.name, losses, curves)
+    return RhoSuggestion(rho, min(each), max(each), target, method.name, losses, curves, plain_steps)
 
 
 def crossing(rhos: Sequence[float], rises: Sequence[float], target: float) -> float:
@@ -137,6 +154,26 @@ def _whole_ascent(method: Method) -> Method:
         return replace(method.rules(**values), selection=None, second_pass=ALWAYS)
 
     return replace(method, rules=rules)
+
+
+def _train(
+    model: nn.Module,
+    make: MakeOptimizer,
+    steps: Sequence[Step],
+    rounds: int,
+    mean_over_ranks: Callable[[Tensor], Tensor],
+) -> int:
+    """Train plainly until the loss has fallen to `FALL` of what it was; the number of steps."""
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    seen: list[float] = []
+    while len(seen) < rounds and (not seen or seen[-1] > FALL * seen[0]):
+        losses = []
+        for step in steps:
+            losses.append(torch.stack([run().detach().float() for run in step]).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+        seen.append(mean_over_ranks(torch.stack(losses).mean()).item())
+    return len(seen) * len(steps)
 
 
 def _measured(two_pass: TwoPass, step: Step) -> StepReport:
@@ -173,13 +210,17 @@ def _fitting(rise_at: Callable[[float], float], rho: float, target: float) -> fl
 
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Gradients, buffers and generators are put back."""
+    """Weights, gradients, buffers and generators are put back."""
     grads = [(p, p.grad) for p in model.parameters()]
+    weights = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
     for p, _ in grads:
         p.grad = None
     try:
         with unchanged(model):
             yield
     finally:
+        with torch.no_grad():
+            for p, weight in weights:
+                p.copy_(weight)
         for p, grad in grads:
             p.grad = grad

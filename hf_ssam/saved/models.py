@@ -42,12 +42,13 @@ TEXT, IMAGE, LABEL = "text", "image", "label"
 
 @dataclass
 class Subject:
-    """A model with the rows it is measured on, and what these are."""
+    """A model with the rows it is measured on, what these are, and whether its head knows nothing yet."""
 
     name: str
     model: torch.nn.Module
     batches: list[Batch]
     data: str
+    is_new: bool = False
 
     @property
     def weight_mib(self) -> float:
@@ -105,7 +106,7 @@ def load(folder: str, name: str, args: argparse.Namespace) -> Subject:
     names, batches = judged(folder, opened, run, data, rows, args)
     if not opened.has_head:
         print(f"{name} has no classification head: measured with a fresh one.")
-    return Subject(name, opened.load(names), batches, data.name)
+    return Subject(name, opened.load(names), batches, data.name, not opened.has_head and opened.adapter is None)
 
 
 def named_data(folder: str, run: RunData | None, args: argparse.Namespace) -> RunData:

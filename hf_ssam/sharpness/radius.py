@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..engine.batches import part_of
 from ..engine.parameters import trainable
-from ..engine.radius import TARGET, RhoSuggestion, suggested
+from ..engine.radius import TARGET, MakeOptimizer, RhoSuggestion, suggested
 from ..methods import Method, get_method
 from .measured import LossFunction, model_loss
 from .probe import Batch, Batches, as_batches, moved
@@ -27,13 +27,15 @@ def suggest_rho(
     perturb: str = "all",
     train_mode: bool = True,
     loss: LossFunction = model_loss,
+    optimizer: MakeOptimizer | None = None,
     **options: Any,
 ) -> RhoSuggestion:
     """The ρ at which the ascent of `method` raises the loss by `target`, measured on a few batches in seconds.
 
     Each batch is taken as one optimizer step, so it should be as large as those of training: the gradient of a larger
     batch is shorter, and its ρ larger. A loss that falls in training is raised by a larger share of itself at the same
-    ρ, so a model that has trained for a while asks for a smaller one: measure a checkpoint to see it.
+    ρ: a model that has trained for a while asks for a smaller one, ten times and more for an encoder with a new head.
+    So measure a checkpoint, or pass an `optimizer`.
 
     Args:
         model: any model; it is left as it was to the bit.
@@ -44,6 +46,8 @@ def suggest_rho(
         perturb: which parameters, as in `TwoPass`.
         train_mode: measure the model as it trains (dropout, batch statistics) instead of as it evaluates.
         loss: `(model, batch) -> scalar`; default `model(**batch).loss`.
+        optimizer: parameters -> an optimizer that first trains the model on the batches, until the loss is a third or
+            they were seen 8 times, such as `partial(torch.optim.AdamW, lr=2e-4)`; None: it is measured as it is.
         **options: the method's own options.
 
     Raises:
@@ -62,7 +66,7 @@ def suggest_rho(
     if not steps:
         raise ValueError("batches: there is none; pass a list of dictionaries as a collator makes them.")
     with _in_mode(model, train_mode):
-        return suggested(model, chosen, steps, target=target, start=start, perturb=perturb)
+        return suggested(model, chosen, steps, target=target, start=start, optimizer=optimizer, perturb=perturb)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,8 @@
-"""`suggest_rho`: ρ is measured on the first training batches, or taken from the checkpoint that a run goes on from."""
+"""`suggest_rho`: ρ is measured on the first training batches, or taken from the checkpoint that a run goes on from.
+
+The model is trained plainly on these batches first and put back (see `engine.radius`): what counts is how far the
+ascent raises the loss in the run, not before it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
@@ -39,6 +44,7 @@ def starting_rho(trainer: Any, model: nn.Module, checkpoint: str | None, **engin
             trainer.args.method(),
             _steps(trainer, model),
             start=trainer.args.rho,
+            optimizer=partial(_plain_optimizer, trainer, model),
             mean_over_ranks=trainer.mean_over_ranks,
             **engine,
         )
@@ -54,6 +60,12 @@ def _steps(trainer: Any, model: nn.Module) -> list[Step]:
     runs = [partial(_forward_backward, trainer, model, batch, share) for batch in batches]
     whole = [runs[i : i + accumulated] for i in range(0, len(runs), accumulated)]
     return [step for step in whole if len(step) == len(whole[0])]
+
+
+def _plain_optimizer(trainer: Any, model: nn.Module, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The base optimizer, new, at the learning rate of the run."""
+    kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+    return kind(parameters, **settings)
 
 
 def _forward_backward(

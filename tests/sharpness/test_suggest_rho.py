@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -72,6 +73,23 @@ def test_suggestion_begins_anywhere():
     model = Function(linear)
     found = {start: suggest_rho(model, BATCHES, "sam", loss=of, start=start).rho for start in (None, 1e-6, 0.02, 1e4)}
     assert len(set(found.values())) == 1
+
+
+def test_suggestion_after_plain_training_is_that_of_the_trained_model():
+    """`L = ½ w²` under SGD with η = 1/2: w halves in a step, L falls to a quarter, and r = ρ/(w/2) to first order."""
+
+    def loss(model, batch):
+        return 0.5 * (model.w**2).sum()
+
+    model, half = Function(None, size=1, at=1.0), partial(torch.optim.SGD, lr=0.5)
+    fresh = suggest_rho(model, BATCHES[:1], "sam", loss=loss)
+    trained = suggest_rho(model, BATCHES[:1], "sam", loss=loss, optimizer=half)
+    assert model.w.item() == 1.0 and model.w.grad is None
+    assert trained.plain_steps == 2 and trained.losses[0] == pytest.approx(fresh.losses[0] / 16)
+    assert trained.low == pytest.approx(fresh.low / 4, rel=1e-4)
+    assert fresh.low == pytest.approx(math.sqrt(1.1) - 1, rel=0.01)
+    slow = suggest_rho(model, BATCHES, "sam", loss=loss, optimizer=partial(torch.optim.SGD, lr=1e-6))
+    assert slow.plain_steps == 8 * 3 and slow.low == pytest.approx(fresh.low, rel=1e-3)
 
 
 def collated(rows, size=8):

@@ -40,7 +40,10 @@ def test_rho_raises_a_linear_loss_by_a_tenth_and_is_trained_with(capsys):
     assert entry["ssam/perturbation_norm"] == pytest.approx(0.04, rel=1e-4) and entry["ssam/rho"] == 0.04
     assert entry["ssam/ascent_loss"] == pytest.approx(2.2, rel=1e-4)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("suggest_rho: ")]
-    assert said == ["suggest_rho: rho 0.04 raises the loss of ssam's ascent by 10% (0.04 to 0.04 over 4 batches)"]
+    assert said == [
+        "suggest_rho: rho 0.04: the ascent of ssam raises the loss by 10% "
+        "(0.04 to 0.04 over 4 batches of loss 2 after 32 plain steps, undone)"
+    ]
 
 
 def test_rho_is_measured_on_whole_steps():
