@@ -59,7 +59,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--train",
         action=argparse.BooleanOptionalAction,
-        help="train on the batches before, with AdamW, until the loss is a third; default: where the head is new",
+        help="train on the batches before, with AdamW, until the loss is a sixth; default: where the head is new",
     )
     parser.add_argument("--learning_rate", type=float, default=2e-4, help="of --train")
     parser.add_argument("--batches", type=int, default=4, help="how many; more show better how sure the answer is")

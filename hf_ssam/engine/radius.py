@@ -6,8 +6,9 @@ A step of the engine reports both losses, so a step at each ρ of a grid measure
 the dropout and the batch statistics of training, on any model that the engine trains.
 
 r depends on how far the model has been trained. MiniLM on TREC questions asks for ρ 0.17 with a head that knows
-nothing yet (loss 1.79), for 0.016 at a loss of 0.58 and for 0.006 at 0.26, and 0.05 harms the run. So a model that
-training is to change much is first trained plainly on the same few batches, until its loss is a third, and is put back.
+nothing yet (loss 1.79), for 0.016 at a loss of 0.58 and for 0.006 at 0.26, and 0.03 harms the run. So a model that
+training is to change much is first trained plainly on the same few batches, until its loss is a sixth of what it was;
+all of that is undone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ TARGET = 0.1
 GRID = (0.25, 0.5, 1.0, 2.0, 4.0)
 """The radii that are measured on every step, in units of the one that fits the first step."""
 
-FALL = 1 / 3
+FALL = 1 / 6
 """Plain training before the measurement ends where the loss has fallen to this share of what it was."""
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -82,7 +83,7 @@ def suggested(
     target: float = TARGET,
     start: float | None = None,
     optimizer: MakeOptimizer | None = None,
-    rounds: int = 8,
+    rounds: int = 12,
     mean_over_ranks: Callable[[Tensor], Tensor] = lambda t: t,
     **engine: Any,
 ) -> RhoSuggestion:

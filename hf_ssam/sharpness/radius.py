@@ -46,8 +46,8 @@ def suggest_rho(
         perturb: which parameters, as in `TwoPass`.
         train_mode: measure the model as it trains (dropout, batch statistics) instead of as it evaluates.
         loss: `(model, batch) -> scalar`; default `model(**batch).loss`.
-        optimizer: parameters -> an optimizer that first trains the model on the batches, until the loss is a third or
-            they were seen 8 times, such as `partial(torch.optim.AdamW, lr=2e-4)`; None: it is measured as it is.
+        optimizer: parameters -> an optimizer that first trains the model on the batches, until the loss is a sixth or
+            they were seen 12 times, such as `partial(torch.optim.AdamW, lr=2e-4)`; None: it is measured as it is.
         **options: the method's own options.
 
     Raises:

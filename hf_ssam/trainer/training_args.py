@@ -43,7 +43,7 @@ class SSAMArgumentsMixin:
             method's default. The defaults are the papers', most of them of networks trained from scratch; encoders of
             BERT's size that are fine-tuned took 1e-4 to 1e-2.
         suggest_rho (`bool`, defaults to `False`): before the first step, measure on the batches of four steps the ρ at
-            which the ascent raises the loss by a tenth, once the base optimizer has trained on them for at most 32
+            which the ascent raises the loss by a tenth, once the base optimizer has trained on them for at most 48
             steps (which are undone), and train with it; `rho` is where the search begins. A resumed run keeps the ρ
             that its checkpoint has.
         perturb (`str`, defaults to `"all"`): which parameters: `all`, `norm`, or a regular expression on their names.

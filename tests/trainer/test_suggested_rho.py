@@ -42,7 +42,7 @@ def test_rho_raises_a_linear_loss_by_a_tenth_and_is_trained_with(capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("suggest_rho: ")]
     assert said == [
         "suggest_rho: rho 0.04: the ascent of ssam raises the loss by 10% "
-        "(0.04 to 0.04 over 4 batches of loss 2 after 32 plain steps, undone)"
+        "(0.04 to 0.04 over 4 batches of loss 2 after 48 plain steps, undone)"
     ]
 
 
@@ -79,7 +79,7 @@ def test_rho_is_the_checkpoints_when_a_run_goes_on(tmp_path, capsys):
 def test_rho_is_measured_anew_when_the_checkpoint_is_of_another_method(tmp_path):
     kept = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
     run([ROWS[1]] * 64, **kept, optim="usam")
-    settings = {"base_optim": "sgd", "suggest_rho": True, "max_steps": 4, **kept}
+    settings = {"base_optim": "sgd", "suggest_rho": True, "max_steps": 4, "learning_rate": 1e-9, **kept}
     resumed = SSAMTrainer(Linear(), arguments(**settings), train_dataset=[ROWS[1]] * 64)
     resumed.train(str(tmp_path / "checkpoint-2"))
     assert resumed.args.rho == 0.04
