@@ -73,10 +73,7 @@ def test_stock_names_stay_stock(name):
     assert args.optim == OptimizerNames(name) and args.optim_args == "a=1"
 
 
-MISTYPED = (
-    r"optim: there is no `ssma`; did you mean `ssam`.*\? Methods: ssam, sam, .*; "
-    "or a stock optimizer name such as adamw_torch, sgd"
-)
+MISTYPED = r"optim: there is no `ssma`; did you mean `ssam`[^.]*\?$"
 
 
 @pytest.mark.parametrize(
