@@ -30,11 +30,11 @@ from transformers import (
 )
 
 from hf_ssam import SSAMTrainer, SSAMTrainingArguments
+from hf_ssam.saved.labels import finished_names, not_known, ordered_as
 from support import offline_models
 from support.base_models import ModelArguments, classifier, path_of, pretrained
 from support.cli import ExampleParser, run
 from support.image_data import ImageArguments, load, number_labels, pixels, trained_names, undecoded
-from support.labels import finished_names, not_known, ordered_as
 from support.metrics import METRICS
 from support.plan import Plan, prepare
 from support.run_data import run_data

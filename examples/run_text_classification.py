@@ -32,10 +32,10 @@ from transformers import (
 )
 
 from hf_ssam import SSAMTrainer, SSAMTrainingArguments
+from hf_ssam.saved.labels import finished_names, not_known, ordered_as
 from support import offline
 from support.base_models import ModelArguments, classifier, path_of, positions, pretrained, tokenizer_for
 from support.cli import ExampleParser, run
-from support.labels import finished_names, not_known, ordered_as
 from support.metrics import METRICS
 from support.plan import Plan, prepare
 from support.run_data import run_data

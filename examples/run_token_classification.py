@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from hf_ssam import SSAMTrainer, SSAMTrainingArguments
+from hf_ssam.saved.labels import class_names, finished_names, not_known, numbers, ordered_as
 from support import offline, offline_tasks
 from support.base_models import ModelArguments, check_length, classifier, path_of, pretrained, tokenizer_for
 from support.cli import ExampleParser, UsageError, run
-from support.labels import class_names, finished_names, not_known, numbers, ordered_as
 from support.metrics import METRICS
 from support.plan import Plan, prepare
 from support.run_data import run_data

@@ -6,24 +6,30 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from .engine.report import StepReport
-from .engine.two_pass import TwoPass
-from .methods import METHODS, Method, get_method, register_method
-
 if TYPE_CHECKING:
+    from .engine.report import StepReport
+    from .engine.two_pass import TwoPass
+    from .methods import METHODS, Method, get_method, register_method
     from .trainer.mixin import SSAMSeq2SeqTrainer, SSAMTrainer, SSAMTrainerMixin
     from .trainer.training_args import SSAMArgumentsMixin, SSAMSeq2SeqTrainingArguments, SSAMTrainingArguments
 
 __version__ = version("hf-ssam")
 
-_OF_THE_TRAINER = {
-    "SSAMArgumentsMixin": "training_args",
-    "SSAMSeq2SeqTrainer": "mixin",
-    "SSAMSeq2SeqTrainingArguments": "training_args",
-    "SSAMTrainer": "mixin",
-    "SSAMTrainerMixin": "mixin",
-    "SSAMTrainingArguments": "training_args",
+_HOMES = {
+    "METHODS": "methods",
+    "Method": "methods",
+    "SSAMArgumentsMixin": "trainer.training_args",
+    "SSAMSeq2SeqTrainer": "trainer.mixin",
+    "SSAMSeq2SeqTrainingArguments": "trainer.training_args",
+    "SSAMTrainer": "trainer.mixin",
+    "SSAMTrainerMixin": "trainer.mixin",
+    "SSAMTrainingArguments": "trainer.training_args",
+    "StepReport": "engine.report",
+    "TwoPass": "engine.two_pass",
+    "get_method": "methods",
+    "register_method": "methods",
 }
+"""Where each public name is defined."""
 
 __all__ = [
     "METHODS",
@@ -42,7 +48,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the Trainer when it is asked for: a loop of one's own does not wait for Transformers' to load."""
-    if name in _OF_THE_TRAINER:
-        return getattr(import_module(f".trainer.{_OF_THE_TRAINER[name]}", __name__), name)
+    """Import what is asked for: a loop of one's own does not wait for the Trainer, nor a console command for torch."""
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module `{__name__}` has no attribute `{name}`.")

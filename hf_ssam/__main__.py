@@ -1,25 +1,11 @@
-"""`python -m hf_ssam` prints the method table as Markdown, the one that the README shows."""
+"""`python -m hf_ssam` prints the README's table of methods; with words it is the command `hf-ssam`."""
 
 from __future__ import annotations
 
-from .methods.table import METHODS, Method
+import sys
 
-
-def row(method: Method) -> str:
-    """One line of the table."""
-    options = ", ".join(f"`{name}={option.default}`" for name, option in method.options.items())
-    paper = f"[{method.paper.title}]({method.paper.url}), {method.paper.year}"
-    summary = method.summary.replace("|", "\\|")
-    if method.experimental:
-        summary += f" *Experimental: {method.experimental}.*"
-    return f"| `{method.name}` | {summary} | {method.rho:g} | {method.passes} | {options} | {paper} |"
-
-
-def table() -> str:
-    """Every method: name, what it computes, default ρ, passes a step, options with their defaults, paper."""
-    head = "| `--optim` | what it computes | `rho` | passes | `--optim_args` | paper |\n|---|---|---|---|---|---|"
-    return "\n".join([head, *map(row, METHODS.values())])
-
+from .cli import main
+from .cli.pages import table as table
 
 if __name__ == "__main__":
-    print(table())
+    sys.exit(main(sys.argv[1:] or ["methods", "--markdown"]))

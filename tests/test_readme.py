@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from hf_ssam import SSAMTrainingArguments
-from hf_ssam.__main__ import table
+from hf_ssam.cli.pages import table
 from hf_ssam.trainer.step_log import FIELDS, PREFIX
 
 ROOT = Path(__file__).parents[1]

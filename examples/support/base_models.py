@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_ssam.saved.models import labelled, pretrained
+
 from .cli import UsageError
 from .plan import Plan
 
@@ -47,19 +49,6 @@ class ModelArguments(PlainModelArguments):
         return {**super().hub, "trust_remote_code": self.trust_remote_code}
 
 
-def pretrained(loader: Any, path: str, **options: Any) -> Any:
-    """``loader.from_pretrained(path, **options)``.
-
-    Raises:
-        UsageError: `path` is neither a local folder with such a thing in it nor a name on the Hub.
-    """
-    try:
-        return loader.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path} is neither a local folder nor to be had from the Hub ({reason})") from error
-
-
 def path_of(model: PlainModelArguments, plan: Plan, offline: Callable[[], Path]) -> str:
     """Where the model of a classification run is; a run that does not train needs one that was trained before.
 
@@ -97,12 +86,6 @@ def classifier(
 
 
 REGRESSION = {"num_labels": 1, "problem_type": "regression"}
-
-
-def labelled(names: list[str]) -> dict[str, Any]:
-    """What the configuration of a classifier says of the classes `names`."""
-    number = {name: i for i, name in enumerate(names)}
-    return {"id2label": dict(enumerate(names)), "label2id": number, "problem_type": None}
 
 
 def tokenizer_for(model: PlainModelArguments, path: str) -> PreTrainedTokenizerBase:

@@ -6,19 +6,34 @@ A value in the file is read exactly as the flag of the same name would be: ``1e-
 number.
 """
 
+from __future__ import annotations
+
 import argparse
 import difflib
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_ssam.saved.errors import UsageError
+
+USUAL = (
+    "output_dir seed num_train_epochs max_steps learning_rate lr_scheduler_type warmup_steps weight_decay bf16 "
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps do_train do_eval do_predict "
+    "eval_strategy logging_steps save_strategy resume_from_checkpoint load_best_model_at_end report_to push_to_hub "
+    "hub_model_id"
+)
+"""Of the stock training arguments, what `--help` shows."""
+
+EPILOG = "Every other field of the training arguments is a flag too: --help_all lists them."
 
 
-class UsageError(Exception):
-    """The user's input cannot work; the message is one sentence with the way out."""
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and defaults behind the flags."""
 
 
 class ExampleParser(HfArgumentParser):
@@ -30,8 +45,17 @@ class ExampleParser(HfArgumentParser):
     """
 
     def __init__(self, dataclass_types: Sequence[type], description: str) -> None:
-        super().__init__(dataclass_types, description=description, usage="%(prog)s [CONFIG.yaml] [--flag value ...]")
+        super().__init__(
+            dataclass_types,
+            description=description,
+            usage="%(prog)s [CONFIG.yaml] [--flag value ...]",
+            epilog=EPILOG,
+            formatter_class=_Formatter,
+        )
         self.add_argument("--config", metavar="CONFIG.yaml", help="A file of flags and values; flags override it.")
+        self.add_argument(
+            "--help_all", action=_HelpAll, nargs=0, help="Show every field of the training arguments too."
+        )
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         """Fill the dataclasses from `argv` (the command line's by default).
@@ -55,6 +79,22 @@ class ExampleParser(HfArgumentParser):
             raise UsageError(f"unknown flag {unknown[0]}{self._nearest(unknown[0].lstrip('-'), '--')}")
         return tuple(parsed)
 
+    def format_help(self) -> str:
+        """What the script and sharpness-aware training have, and the usual ones of the rest."""
+        hidden = [action for action in self._actions if action.dest in _rest()]
+        texts = [action.help for action in hidden]
+        for action in hidden:
+            action.help = argparse.SUPPRESS
+        try:
+            return super().format_help()
+        finally:
+            for action, text in zip(hidden, texts, strict=True):
+                action.help = text
+
+    def format_all(self) -> str:
+        """Every flag."""
+        return super().format_help()
+
     def error(self, message: str) -> NoReturn:
         """Argparse's way to refuse a flag, without the page of usage."""
         raise UsageError(f"{message} (--help lists every flag)")
@@ -72,6 +112,22 @@ class ExampleParser(HfArgumentParser):
     def _nearest(self, name: str, prefix: str = "") -> str:
         near = difflib.get_close_matches(name, [action.dest for action in self._actions], n=1)
         return f": did you mean {prefix}{near[0]}?" if near else " (--help lists every flag)"
+
+
+def _rest() -> set[str]:
+    """What `--help_all` shows too."""
+    from hf_ssam import SSAMArgumentsMixin
+
+    ours = {f.name for f in fields(SSAMArgumentsMixin)}
+    return {f.name for f in fields(TrainingArguments)} - ours - {*USUAL.split()}
+
+
+class _HelpAll(argparse.Action):
+    """Prints every flag."""
+
+    def __call__(self, parser: ExampleParser, *_: Any) -> NoReturn:  # type: ignore[override]
+        print(parser.format_all())
+        parser.exit()
 
 
 def run(main: Callable[[], Any]) -> NoReturn:

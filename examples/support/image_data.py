@@ -17,10 +17,12 @@ import PIL.Image
 from datasets import Dataset, DatasetDict, Image
 from transformers import BaseImageProcessor
 
+from hf_ssam.saved.files import read_folder, read_named
+from hf_ssam.saved.labels import class_names, numbers, shown
+
 from . import offline
 from .cli import UsageError
-from .labels import class_names, numbers, shown
-from .sources import DataArguments, absolute, read_named
+from .sources import DataArguments, absolute
 
 
 @dataclass
@@ -69,25 +71,6 @@ def load(data: ImageArguments) -> DatasetDict:
     if data.dataset_name:
         return read_named(data.dataset_name, data.dataset_config_name)
     return offline.mnist_5k() if data.offline_dataset == "mnist_5k" else offline.fashion_mnist()
-
-
-def read_folder(place: Path, least: int) -> Dataset:
-    """The images below `place`, in a folder for each class.
-
-    Raises:
-        UsageError: there is no such folder, a class has no images, or there are fewer than `least` classes.
-    """
-    if not place.is_dir():
-        raise UsageError(f"there is no folder {place}")
-    classes = sorted(folder.name for folder in place.iterdir() if folder.is_dir())
-    endings = PIL.Image.registered_extensions()
-    for name in classes or [""]:
-        if not any(path.suffix.lower() in endings for path in (place / name).iterdir()):
-            raise UsageError(f"{place / name} holds no images: it needs some, as JPEG or PNG files")
-    if len(classes) < least:
-        found = f"at least {'two' if least == 2 else 'one'}: it has {len(classes)}"
-        raise UsageError(f"{place} needs a folder of images for each class, and {found}")
-    return read_named("imagefolder", data_dir=str(place), drop_labels=False)["train"]
 
 
 def undecoded(rows: dict[str, Dataset], column: str) -> dict[str, Dataset]:

@@ -1,24 +1,13 @@
-"""What a run was trained on: written beside its model, and read again by whoever looks at the model afterwards.
+"""What a run is trained on, to be left beside its model; the offline sets are known by name."""
 
-The file is called `_data.json`: it may name local files, and what begins with an underscore is never pushed to the
-Hub.
-"""
-
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_from_disk
+from hf_ssam.saved.data import SETS, RunData
 
 from . import offline, offline_tasks
-from .cli import UsageError
-from .image_data import read_folder
-from .sources import READERS, DataArguments, described, read_file, read_named
+from .sources import DataArguments
 
-FILE = "_data.json"
-OFFLINE: dict[str, Callable[[], DatasetDict]] = {
+OFFLINE = {
     "trec": offline.trec,
     "trec_fine": lambda: offline.trec(fine=True),
     "movie_reviews": offline.movie_reviews,
@@ -29,100 +18,9 @@ OFFLINE: dict[str, Callable[[], DatasetDict]] = {
     "questions": offline_tasks.questions,
     "classified_questions": offline_tasks.classified_questions,
 }
-
-
-@dataclass(frozen=True)
-class RunData:
-    """Data by name, enough to read them again.
-
-    Attributes:
-        dataset_name: on the Hub, or a folder.
-        dataset_config_name: its configuration.
-        file: a file of examples, or a folder of them (images by class, or what `datasets` writes).
-        offline: a set of `OFFLINE`.
-        split: of a data set that has several.
-        columns: what the model reads: one column, or the two of a pair.
-        label_column: what it is to say.
-        max_samples: only the first so many were used.
-        labels: the model's classes by number.
-        seed: the run's.
-    """
-
-    dataset_name: str | None = None
-    dataset_config_name: str | None = None
-    file: str | None = None
-    offline: str | None = None
-    split: str = "train"
-    columns: list[str] = field(default_factory=list)
-    label_column: str | None = None
-    max_samples: int | None = None
-    labels: list[str] | None = None
-    seed: int | None = None
-
-    @property
-    def name(self) -> str | None:
-        """How tables and figures call it; None where it is nothing."""
-        if self.file:
-            return _short(self.file)
-        if self.offline:
-            return f"{self.offline} (offline), {self.split}"
-        config = f" {self.dataset_config_name}" if self.dataset_config_name else ""
-        return f"{_short(self.dataset_name)}{config}, {self.split}" if self.dataset_name else None
-
-    def read(self) -> Dataset:
-        """The examples.
-
-        Raises:
-            UsageError: they are not there, or no longer.
-        """
-        data = self._read()
-        if isinstance(data, DatasetDict):
-            if self.split not in data:
-                raise UsageError(f"--split {self.split}: the data has {described(data)}")
-            data = data[self.split]
-        return data.select(range(min(self.max_samples or len(data), len(data))))
-
-    def _read(self) -> Dataset | DatasetDict:
-        if self.offline:
-            return OFFLINE[self.offline]()
-        if not self.file:
-            return _named(self.dataset_name, self.dataset_config_name)
-        place = Path(self.file)
-        if not place.is_dir():
-            return read_file(place)
-        holds_files = any(path.suffix in {*READERS, ".arrow"} for path in place.iterdir())
-        return _named(self.file) if holds_files else read_folder(place, least=1)
-
-    def write(self, folder: Path) -> None:
-        """Leave it in `folder`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+SETS.update(OFFLINE)
 
 
 def run_data(args: DataArguments, offline: str, **known: Any) -> RunData:
     """What a run with the flags `args` trains on; `offline` is the set that it takes where none is named."""
     return RunData(**(args.origin or {"offline": offline}), max_samples=args.max_train_samples, **known)
-
-
-def beside(folder: str) -> RunData | None:
-    """What the run in `folder` was trained on (a checkpoint's run is the folder round it); None where nothing says so.
-
-    Raises:
-        UsageError: the file that says so is damaged.
-    """
-    for path in (Path(folder) / FILE, Path(folder).parent / FILE):
-        if path.is_file():
-            try:
-                return RunData(**json.loads(path.read_text()))
-            except (ValueError, TypeError) as error:
-                raise UsageError(f"{path} is damaged ({error}): name the data with --data") from error
-    return None
-
-
-def _short(place: str) -> str:
-    """The end of a long path; a name on the Hub has two parts."""
-    return "/".join(Path(place).parts[-2:])
-
-
-def _named(name: str, config: str | None = None) -> Dataset | DatasetDict:
-    return load_from_disk(name) if (Path(name) / "dataset_info.json").is_file() else read_named(name, config)

@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import Trainer
 
+from hf_ssam import SSAMTrainingArguments
 from hf_ssam.run_folder import RESULTS
-
-from .run_data import RunData
+from hf_ssam.saved.data import RunData
 
 COSTS = ("_time", "_runtime", "_per_second", "_num_tokens")
 
@@ -77,6 +77,28 @@ def _report(trainer: Trainer, results: dict[str, float]) -> None:
     scores = [f"{name} {value:.4f}" for name, value in results.items() if _is_score(name)]
     said = ", ".join(scores) or "no evaluation"
     print(f"results after {trainer.state.global_step} steps: {said}; in {folder}", flush=True)
+    if trainer.args.do_train:
+        print(closing(trainer.args, results, trainer.state.log_history), flush=True)
+
+
+def closing(args: SSAMTrainingArguments, results: dict[str, float], log: list[dict[str, Any]]) -> str:
+    """What a run that trained came to: the score before and after, what it cost, and what to do next."""
+    at_start = next((entry for entry in log if entry.get("step") == 0 and any(map(_is_score, entry))), {})
+    names = [name for name in results if _is_score(name) and not name.endswith("_loss")]
+    lines = [
+        f"  {name.removeprefix('eval_')}: {at_start[name]:.4f} before training, {results[name]:.4f} after"
+        for name in names[:1]
+        if name in at_start
+    ]
+    passes, seconds = results["ssam/total_passes"], results["train_runtime"]
+    lines.append(f"  cost: {passes:g} passes over a batch, {seconds:.0f} s of training")
+    folder = Path(args.output_dir)
+    lines.append(f"  model and card: {folder} (README.md)")
+    lines.append(f"  next: hf-ssam plot {folder}")
+    if args.is_sharpness_aware:
+        base = args.base_optim.value
+        lines.append(f"  compare: the same command with --optim {base} --output_dir {folder}-{base}")
+    return "\n".join(lines)
 
 
 def _is_score(name: str) -> bool:

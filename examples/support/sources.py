@@ -6,21 +6,13 @@ Whatever cannot work is a `UsageError` that names the file and the column, befor
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict
+
+from hf_ssam.saved.files import READERS, described, read_file, read_named
 
 from .cli import UsageError
 from .plan import Plan
-
-READERS = {
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "delimiter": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".txt": ("text", {}),
-}
 
 
 @dataclass
@@ -102,46 +94,6 @@ def load_files(data: FileArguments, offline: Callable[[], DatasetDict]) -> Datas
     return read_named(data.dataset_name, data.dataset_config_name) if data.dataset_name else offline()
 
 
-def read_named(name: str, config: str | None = None, **options: Any) -> DatasetDict:
-    """The data set that is on the Hub, or in a local folder.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    try:
-        if (Path(name) / "dataset_dict.json").is_file():
-            return load_from_disk(name)
-        return load_dataset(name, config, **options)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(
-            f"the data set {name} is neither a local folder nor to be had from the Hub ({reason})"
-        ) from error
-
-
-def read_file(path: Path) -> Dataset:
-    """The rows of a local file.
-
-    Raises:
-        UsageError: it is missing, empty, unreadable, or of no known kind.
-    """
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
-    if path.suffix not in READERS:
-        raise UsageError(f"{path} is of no known kind: give a file that ends in {', '.join(READERS)}")
-    empty = UsageError(f"{path} is empty: it has no examples")
-    if not path.stat().st_size:
-        raise empty
-    reader, options = READERS[path.suffix]
-    try:
-        return load_dataset(reader, data_files=str(path), split="train", **options)
-    except Exception as error:  # each reader has exceptions of its own, and all mean the same
-        reason = " ".join(str(error.__cause__ or error).split())
-        if "corresponds to no data" in reason:  # a table with a head and no rows
-            raise empty from error
-        raise UsageError(f"{path} could not be read as {reader} ({reason})") from error
-
-
 def uses(raw: DatasetDict, data: DataArguments, plan: Plan) -> dict[str, Dataset]:
     """What this run needs of `raw`, by use (``train``, ``eval`` ...), cut to size.
 
@@ -157,11 +109,6 @@ def uses(raw: DatasetDict, data: DataArguments, plan: Plan) -> dict[str, Dataset
         if rows and use in plan.needs | plan.takes:
             chosen[use] = rows.select(range(min(data.limits[use] or len(rows), len(rows))))
     return chosen
-
-
-def described(raw: DatasetDict) -> str:
-    """The splits of `raw` and their sizes."""
-    return ", ".join(f"{len(rows)} {split} examples" for split, rows in raw.items()) or "no splits"
 
 
 def require_columns(raw: DatasetDict, flags: dict[str, str]) -> None:

@@ -11,9 +11,10 @@ from typing import Literal
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
+from hf_ssam.saved.labels import class_names, is_score, numbers, shown
+
 from . import offline
 from .cli import UsageError
-from .labels import class_names, is_score, numbers, shown
 from .sources import FileArguments, hub_data, load_files, read_named
 
 GLUE = "nyu-mll/glue"

@@ -25,8 +25,24 @@ def repeat_command(processes: int = 1, secrets: Sequence[str] = ()) -> str | Non
         return None
     program = ["-m", spec.name.removesuffix(".__main__")] if spec else [script]
     launcher = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
-    words = [without(word, secrets) for word in (*program, *sys.argv[1:])]
+    words = [without(word, secrets) for word in (*program, *afresh(sys.argv[1:]))]
     return wrapped([*launcher, *cleaned(words)])
+
+
+def afresh(words: Sequence[str]) -> list[str]:
+    """`words` without `--resume_from_checkpoint`: where a run is repeated there is no checkpoint to go on from."""
+    kept: list[str] = []
+    skips = False
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag in ("--resume_from_checkpoint", "--resume-from-checkpoint"):
+            skips = not value
+        elif skips and not word.startswith("--"):
+            skips = False
+        else:
+            kept.append(word)
+            skips = False
+    return kept
 
 
 def wrapped(words: Sequence[str], width: int = 100) -> str:

@@ -2,9 +2,9 @@
 
 The stock card would print "Use ssam and the args are ..." and lose ρ, the method and what it cost. `ModelCardMixin`
 goes before any Trainer. The parent writes its own card first, with its own keyword arguments, and this module
-rewrites the file: after the stock Trainer with a whole card (`_card_template`), after a Trainer that has a card of
-its own (TRL, Sentence Transformers) with one section at the end of the parent's text (`_card_section`). Under a
-stock optimizer the parent's card stays as it is.
+rewrites the file: after the stock Trainer with a whole card, after a Trainer that has a card of its own (TRL, Sentence
+Transformers) with one section at the end of the parent's text. Under a stock optimizer the parent's card stays as it
+is.
 
 What the card says is read from the arguments, from `state.log_history`, from the method table and from the output
 folder; nothing is measured here.
@@ -13,14 +13,14 @@ folder; nothing is measured here.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+import re
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from accelerate.utils import is_peft_model
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import (
     BaseImageProcessor,
     FeatureExtractionMixin,
@@ -29,6 +29,7 @@ from transformers import (
     Trainer,
 )
 from transformers.modelcard import TASK_MAPPING, extract_hyperparameters_from_trainer
+from transformers.trainer_utils import has_length
 
 from ..methods import METHODS, Paper
 from .card_facts import (
@@ -42,16 +43,24 @@ from .card_facts import (
     result_rows,
     sharpness_rows,
 )
+from .card_file import draw, figures, write_card
+from .card_text import listed
 from .command_line import repeat_command
-from .markdown import cell, code, fenced, text
 from .push import HubMixin
 from .redaction import public, secret_values
 
-TEMPLATES = Path(__file__).parent / "templates"
 PROCESSORS = {
     PreTrainedTokenizerBase: "AutoTokenizer",
     BaseImageProcessor: "AutoImageProcessor",
     FeatureExtractionMixin: "AutoFeatureExtractor",
+}
+CLASSIFIES = ("text-classification", "token-classification", "image-classification", "audio-classification")
+EXAMPLES = {
+    "text-classification": '"A sentence to classify."',
+    "token-classification": '"A sentence with names in it."',
+    "image-classification": '"picture.jpg"',
+    "text-generation": '"How a text begins"',
+    "fill-mask": '"A word is <mask>."',
 }
 PACKAGES = ("hf-ssam", "transformers", "torch", "accelerate", "datasets", "tokenizers")
 
@@ -62,8 +71,6 @@ class ModelCardMixin(HubMixin):
     _card_tags: tuple[str, ...] = ("ssam", "sharpness-aware-minimization")
     _card_name: str = "hf_ssam"
     _card_papers: tuple[Paper, ...] = (METHODS["ssam"].paper,)
-    _card_template: str = "model_card.md"
-    _card_section: str = "model_card_section.md"
 
     card_baseline: str | Path | None = None
     """Folder of the same run with the plain optimizer; where set, the card compares wall time and results with it."""
@@ -90,12 +97,10 @@ class ModelCardMixin(HubMixin):
         asked = inspect.signature(parent).bind(*args, **kwargs).arguments
         path = Path(self.args.output_dir, "README.md")
         card = ModelCard.load(path, ignore_metadata_errors=True)
+        draw(self.state.log_history, path.parent)
         facts = self._card_facts(card.data, asked)
-        if parent.__func__ is Trainer.create_model_card:
-            body = render(self._card_template, facts)
-        else:
-            body = card.text.rstrip() + "\n\n" + render(self._card_section, facts)
-        path.write_text(f"---\n{front_matter(card.data, facts).to_yaml()}\n---\n\n{body}", encoding="utf-8")
+        is_ours = parent.__func__ is Trainer.create_model_card
+        write_card(path.parent, card.data, facts, None if is_ours else honest(card.text, facts["base"]["folder"]))
 
     def _card_facts(self, data: ModelCardData, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Everything that the templates and the front matter speak of."""
@@ -118,12 +123,16 @@ class ModelCardMixin(HubMixin):
             "base": public_base_model(data.base_model, inner),
             "datasets": listed(asked.get("dataset") or asked.get("dataset_name") or data.datasets),
             "dataset_tags": listed(asked.get("dataset_tags") or data.datasets),
-            "task": asked.get("tasks") or task_of(inner),
+            "task": (task := asked.get("tasks") or task_of(inner)),
+            "example": example_of(task),
             "results": result_rows(before, after, plain.metrics if plain else {}),
+            "before": before,
             "after": after,
+            "data": data_facts(self.train_dataset, self.eval_dataset, inner),
+            "link": library_link(),
             "sharpness": sharpness_rows(log),
             "history": history_rows(log),
-            "figures": sorted(p.name for p in Path(args.output_dir, "figures").glob("*.png")),
+            "figures": figures(args.output_dir),
             "repository": self.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name,
             "revision": args.hub_revision,
             "loader": loader(model, self.processing_class),
@@ -133,56 +142,6 @@ class ModelCardMixin(HubMixin):
             "versions": versions(),
             "papers": list(cited),
         }
-
-
-def render(template: str, facts: Mapping[str, Any]) -> str:
-    """The template of that name, filled; an unknown name in it is an error rather than a hole in the card."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(cell=cell, code=code, fenced=fenced, literal=repr, text=text, listed=listed)
-    environment.filters["figure_name"] = lambda name: Path(name).stem.replace("_", " ")
-    return environment.get_template(template).render(facts)
-
-
-def listed(value: str | Sequence[str] | None) -> list[str]:
-    """One name or several, fit to be published, without gaps: a dataset without a name arrives as None."""
-    names = [value] if isinstance(value, str) else value or []
-    return [public(name) for name in names if name]
-
-
-def front_matter(data: ModelCardData, facts: Mapping[str, Any]) -> ModelCardData:
-    """The parent's metadata with the tags, a base model that the Hub accepts, and the results as `model-index`."""
-    data.tags = list(dict.fromkeys([*listed(data.tags), *facts["tags"]]))
-    data.base_model = facts["base"]["id"]
-    data.datasets = listed(data.datasets) or None
-    results = eval_results(facts)
-    data.model_name, data.eval_results = (facts["name"], results) if results else (None, None)
-    return data
-
-
-def eval_results(facts: Mapping[str, Any]) -> list[EvalResult]:
-    """The metrics after training as the Hub's `model-index` wants them: each with a task and a dataset."""
-    if facts["task"] is None:
-        return []
-    tags, names = facts["dataset_tags"], facts["datasets"]
-    task = listed(facts["task"])[0]
-    return [
-        EvalResult(
-            task_type=task,
-            task_name=task.replace("-", " ").capitalize(),
-            dataset_type=tags[0] if tags else "unknown",
-            dataset_name=names[0] if names else "Unknown",
-            metric_type=name,
-            metric_name=name.replace("_", " ").capitalize(),
-            metric_value=value,
-        )
-        for name, value in facts["after"].items()
-    ]
 
 
 def task_of(model: Any) -> str | None:
@@ -200,6 +159,34 @@ def loader(model: Any, processing_class: Any) -> dict[str, Any] | None:
     if not isinstance(model, PreTrainedModel) or not type(model).__module__.startswith("transformers."):
         return None
     return {"package": "transformers", "model": type(model).__name__, "processor": processor}
+
+
+def data_facts(train: Any, held_out: Any, model: Any) -> dict[str, Any]:
+    """How many examples there were, and the names of the classes, where they are more than numbers."""
+    names = list((getattr(getattr(model, "config", None), "id2label", None) or {}).values())
+    numbered = names == [f"LABEL_{number}" for number in range(len(names))]
+    return {
+        "train": len(train) if has_length(train) else None,
+        "eval": len(held_out) if has_length(held_out) else None,
+        "labels": [] if numbered or task_of(model) not in CLASSIFIES else [public(str(name)) for name in names],
+    }
+
+
+def example_of(task: Any) -> str | None:
+    """The argument of a pipeline of that task, as Python has it."""
+    return EXAMPLES.get(listed(task)[0]) if task else None
+
+
+def honest(text: str, folder: str | None) -> str:
+    """A parent's text, without a link to a base model that is not on the Hub: TRL writes `[None](…/None)`."""
+    base = "a model trained from scratch" if folder is None else f"a model from the local folder `{folder}`"
+    return re.sub(r"a fine-tuned version of \[([^\]]*)\]\(https://huggingface\.co/(None|/[^)]*)\)", base, text)
+
+
+def library_link() -> str | None:
+    """Where this library is at home, as its package says."""
+    urls = dict(url.split(", ", 1) for url in metadata("hf-ssam").get_all("Project-URL") or [])
+    return urls.get("Homepage") or urls.get("Repository") or urls.get("Source")
 
 
 def versions() -> dict[str, str]:

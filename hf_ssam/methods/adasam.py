@@ -118,6 +118,7 @@ METHOD = Method(
     sam,
     rho=0.05,
     paper=PAPER,
+    when="To repeat the AdaSAM paper, which brings an optimizer of its own.",
     optimizer=AdaSAM,
     renormalizes=False,
     experimental="the paper's initial moments and weight decay could not be read at their source",

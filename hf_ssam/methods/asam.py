@@ -34,6 +34,7 @@ METHOD = Method(
     asam,
     rho=0.5,
     paper=PAPER,
+    when="Layers of very different scale, networks trained from scratch. Its ρ is about ten times that of `sam`.",
     options={
         "eta": ETA,
         "weights_only": Option(

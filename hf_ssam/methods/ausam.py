@@ -106,6 +106,7 @@ METHOD = Method(
     ausam,
     rho=0.05,
     paper=PAPER,
+    when="When a step may cost no more than without SAM, over many epochs of one data set.",
     options={
         "alpha": Option(0.5, "α: share of the samples in both passes; 0.5 costs as much as no SAM", 0.0, 1.0, True),
         "s_min": Option(0.5, "weight of the least risen (our choice, by a small trial)", 0.0, 1.0, True),

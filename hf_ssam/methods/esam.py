@@ -67,6 +67,7 @@ METHOD = Method(
     esam,
     rho=0.05,
     paper=PAPER,
+    when="When the second pass may skip samples: large batches, a dear backward pass.",
     options={
         "beta": Option(0.6, "β: share of the coordinates perturbed (official run.sh)", 2.0**-16, 1.0),
         "gamma": Option(0.5, "γ: share of the samples in the second pass (official run.sh)", 0.0, 1.0, True),

@@ -58,6 +58,7 @@ METHOD = Method(
     friendly_sam,
     rho=0.05,
     paper=PAPER,
+    when="Small or noisy batches: the ascent leaves out what the batches have in common.",
     options={
         "sigma": Option(1.0, "σ: how much of the average is taken out; 0 is SAM (official code)", 0.0),
         "lam": Option(0.9, "λ: weight of the past in the average (official code)", 0.0, 0.9999),

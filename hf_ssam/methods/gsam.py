@@ -49,5 +49,6 @@ METHOD = Method(
     gsam,
     rho=0.05,
     paper=PAPER,
+    when="Long training from scratch with `rho_scheduler_type=lr`, as its paper has it.",
     options={"alpha": Option(0.4, "α: share of g⊥ taken out; 0 is SAM", 0.0)},
 )

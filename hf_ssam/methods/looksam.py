@@ -98,6 +98,7 @@ METHOD = Method(
     looksam,
     rho=0.05,
     paper=PAPER,
+    when="When two passes in every step are too dear, and some of the gain may go.",
     options=OPTIONS,
     passes="1 + 1/k",
 )
@@ -108,6 +109,7 @@ LAYERWISE = Method(
     look_layersam,
     rho=0.05,
     paper=PAPER,
+    when="Large batches with LARS or LAMB, at the price of `looksam`.",
     options={
         **OPTIONS,
         "layer_scale": Option("weight", "e_l = ρ ‖w_l‖ g_l/‖g_l‖; `unit` drops ‖w_l‖", choices=("weight", "unit")),

@@ -47,6 +47,12 @@ class Paper:
         return f"https://arxiv.org/abs/{self.arxiv}"
 
     @property
+    def short(self) -> str:
+        """First author and year, such as `Foret et al. 2021`."""
+        names = [name.split(",")[0] for name in self.authors.split(" and ")]
+        return f"{names[0]} et al. {self.year}" if len(names) > 2 else f"{' and '.join(names)} {self.year}"
+
+    @property
     def bibtex(self) -> str:
         """The BibTeX entry."""
         fields = {
@@ -137,6 +143,7 @@ class Method:
         rho: default radius ρ, in the units of the method's ascent.
         paper: where it comes from.
         options: what `optim_args` takes; `renormalize` and `max_scale` are added to it.
+        when: one sentence on when to choose it.
         passes: cost of one perturbed step, in forward-backward passes over the batch, as text.
         optimizer: the base optimizer that belongs to the method; None: whichever the user chooses.
         renormalizes: whether SSAM's descent rule may follow the method's own.
@@ -152,6 +159,7 @@ class Method:
     rho: float
     paper: Paper
     options: Mapping[str, Option] = field(default_factory=dict)
+    when: str = ""
     passes: str = "2"
     optimizer: type[torch.optim.Optimizer] | None = None
     renormalizes: bool = True
@@ -163,6 +171,11 @@ class Method:
     def __post_init__(self) -> None:
         shared = {n: o for n, o in RENORMALIZE.items() if self.renormalizes and n not in self.options}
         object.__setattr__(self, "options", {**self.options, **shared})
+
+    @property
+    def own_options(self) -> dict[str, Option]:
+        """Its options without the ones that every method has as they are."""
+        return {n: o for n, o in self.options.items() if o is not RENORMALIZE.get(n)}
 
     def with_options(self, **options: Any) -> Method:
         """This method with options chosen, as values or as the strings of a command line.

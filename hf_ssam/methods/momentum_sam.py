@@ -53,6 +53,7 @@ METHOD = Method(
     momentum_sam,
     rho=1.0,
     paper=PAPER,
+    when="When one pass a step is all there is; its ρ is on another scale.",
     options={"momentum": Option(0.9, "μ in m ← μ m + g", 0.0, 0.9999)},
     passes="1",
     renormalizes=False,

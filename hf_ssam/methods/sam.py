@@ -23,4 +23,11 @@ def sam() -> Rules:
     return Rules(ascent=normalize)
 
 
-METHOD = Method("sam", "SAM: the gradient at w + ρ g/‖g‖.", sam, rho=0.05, paper=PAPER)
+METHOD = Method(
+    "sam",
+    "SAM: the gradient at w + ρ g/‖g‖.",
+    sam,
+    rho=0.05,
+    paper=PAPER,
+    when="To compare with what papers report, and over AdamW, which takes out most of what `ssam` adds.",
+)

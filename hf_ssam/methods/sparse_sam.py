@@ -177,6 +177,7 @@ METHOD = Method(
     sparse_sam,
     rho=0.05,
     paper=PAPER,
+    when="To study which weights need the perturbation. A mask saves no time here.",
     options={
         "mask": Option("fisher", "by Fisher information, or `dynamic`: drop and grow", choices=("fisher", "dynamic")),
         "sparsity": Option(

@@ -37,6 +37,7 @@ METHOD = Method(
     ssam,
     rho=0.05,
     paper=PAPER,
+    when="Start here: SAM with the base optimizer's step length. Over AdamW it stays close to `sam`.",
     options={
         "normalize": Option(True, "e = ρ g/‖g‖; false gives e = ρ g, the form of the SSAM paper"),
         "adaptive": Option(

@@ -22,4 +22,11 @@ def usam() -> Rules:
     return Rules()
 
 
-METHOD = Method("usam", "Unnormalised SAM: the gradient at w + ρ g.", usam, rho=0.05, paper=PAPER)
+METHOD = Method(
+    "usam",
+    "Unnormalised SAM: the gradient at w + ρ g.",
+    usam,
+    rho=0.05,
+    paper=PAPER,
+    when="To compare with theory, which is mostly about this form. Its ρ depends on the scale of the gradient.",
+)

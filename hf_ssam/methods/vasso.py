@@ -49,5 +49,6 @@ METHOD = Method(
     vasso,
     rho=0.2,
     paper=PAPER,
+    when="Small batches, whose single gradient is a noisy direction to ascend in.",
     options={"theta": Option(0.9, "θ: weight of the new gradient; 1 is SAM (official README)", 0.0, 1.0, True)},
 )

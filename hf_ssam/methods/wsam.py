@@ -45,6 +45,7 @@ METHOD = Method(
     wsam,
     rho=0.05,
     paper=PAPER,
+    when="To turn sharpness up or down by γ at a fixed ρ, between the base optimizer and beyond SAM.",
     options={
         "gamma": Option(0.6, "γ: 0 is the base optimizer, 0.5 is SAM; 0.9, the decoupled code's, diverged", 0.0, 0.99)
     },

@@ -80,8 +80,9 @@ def plot_spectrum(
     for i, (name, spectrum) in enumerate(named.items()):
         top = spectrum.nodes[-1]
         label = f"{name}: λ₁ ≈ {top:.3g} (▼)" if name else f"λ₁ ≈ {top:.3g} (▼)"
-        ax.plot(grid, spectrum.density(grid, width), label=label, **style(i))
-        ax.plot(top, _height(spectrum, width, floor), "v", color=COLORS[i % len(COLORS)], clip_on=False)
+        ax.plot(grid, _density(spectrum, grid, width), label=label, **style(i))
+        height = float(_density(spectrum, spectrum.nodes[-1:], width)[0])
+        ax.plot(top, 1.6 * height, "v", color=COLORS[i % len(COLORS)], clip_on=False)
     ax.set_yscale("log")
     ax.set_ylim(floor, 10 * max(float(max(line.get_ydata())) for line in ax.get_lines()))
     x = f"eigenvalue λ, each drawn as a bell of standard deviation {width:.2g}"
@@ -90,24 +91,38 @@ def plot_spectrum(
     return ax
 
 
-def _height(spectrum: Spectrum, width: float, floor: float) -> float:
-    return max(2 * floor, float(spectrum.density(spectrum.nodes[-1:], width)[0]))
+def _density(spectrum: Spectrum, at: np.ndarray, width: float) -> np.ndarray:
+    """The density, with the largest eigenvalue as at least one of n: a random start may have missed its direction."""
+    bell = np.exp(-0.5 * ((at - spectrum.nodes[-1]) / width) ** 2) / (width * np.sqrt(2 * np.pi))
+    return np.maximum(spectrum.density(at, width), bell / spectrum.parameters)
 
 
-def plot_loss_line(lines: Mapping[str, Line], path: str | Path | None = None, ax: Axes | None = None) -> Axes:
+def plot_loss_line(
+    lines: Mapping[str, Line],
+    path: str | Path | None = None,
+    ax: Axes | None = None,
+    rise: bool = False,
+    title: str = "Loss along lines through the weights w",
+    x: str = "distance t in w + t d",
+) -> Axes:
     """The loss along lines through the weights.
 
     Args:
         lines: from `sharpness.loss_line`, by the name of the direction.
         path: where to save a PNG.
         ax: where to draw; a new figure where None.
+        rise: draw how far the loss lies above that at w, so that models of different losses can be compared.
+        title: of the figure.
+        x: what the distances are.
     """
     ax = ax or canvas()[0]
     for i, (name, line) in enumerate(lines.items()):
-        ax.plot(line.distances, line.losses, label=name, marker=".", markersize=4, **style(i))
+        at_w = float(np.interp(0.0, line.distances, line.losses)) if rise else 0.0
+        label = f"{name} (loss {at_w:.3g})" if rise else name
+        ax.plot(line.distances, line.losses - at_w, label=label, marker=".", markersize=4, **style(i))
     ax.axvline(0, color="black", linewidth=0.8, alpha=0.5)
     ax.annotate(" w", (0, 1), xycoords=("data", "axes fraction"), va="top")
-    dress(ax, "Loss along lines through the weights w", "distance t in w + t d", "loss")
+    dress(ax, title, x, "loss above that at w" if rise else "loss")
     save(ax, path)
     return ax
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .canvas import COLORS, canvas, dress, log_if_wide, save, style
-from .history import Source, history, series
+from .history import Log, Source, history, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _PANELS = (
-    ("Loss", "loss", (("loss", "training"), ("ssam/ascent_loss", "at w + e"), ("eval_loss", "evaluation"))),
-    ("Evaluation accuracy", "accuracy", (("eval_accuracy", "evaluation"),)),
-    ("SSAM factor γ = ‖g‖/‖ĝ‖", "γ", (("ssam/scale", "γ"),)),
+    (
+        "Loss",
+        "loss",
+        (("loss", "training, at w"), ("ssam/ascent_loss", "training, at w + e"), ("eval_loss", "evaluation")),
+    ),
+    ("Factor γ = ‖g‖/‖ĝ‖ of the step", "γ", (("ssam/scale", "γ"),)),
     (
         "Norms",
         "norm",
@@ -27,17 +30,20 @@ _PANELS = (
             ("ssam/perturbation_norm", "‖e‖"),
         ),
     ),
+    ("Radius ρ", "ρ", (("ssam/rho", "ρ"),)),
+    ("Top Hessian eigenvalue", "λ₁", (("sharpness/top_eigenvalue", "λ₁"),)),
 )
 
 _COMPARED = (
     ("Training loss", "loss", "loss"),
-    ("Evaluation accuracy", "accuracy", "eval_accuracy"),
+    ("Loss at w + e", "loss", "ssam/ascent_loss"),
+    ("Norm of the gradient", "‖g‖", "ssam/grad_norm"),
     ("Top Hessian eigenvalue", "λ₁", "sharpness/top_eigenvalue"),
 )
 
 
 def plot_run(source: Source, path: str | Path | None = None) -> list[Axes]:
-    """One run: loss, accuracy, SSAM's factor and the norms over steps; a panel of what was not logged is left out.
+    """One run on a page: loss and ascent loss, score, γ, norms, ρ and λ₁ over steps, as far as they were logged.
 
     Args:
         source: see `history`.
@@ -47,7 +53,8 @@ def plot_run(source: Source, path: str | Path | None = None) -> list[Axes]:
         ValueError: if nothing of it was logged.
     """
     log = history(source)
-    drawn = [(t, y, [(series(log, k), label) for k, label in keys]) for t, y, keys in _PANELS]
+    panels = [_PANELS[0], *_scores([log]), *_PANELS[1:]]
+    drawn = [(t, y, [(series(log, k), label) for k, label in keys]) for t, y, keys in panels]
     drawn = [(t, y, [c for c in curves if c[0][0]]) for t, y, curves in drawn if any(c[0][0] for c in curves)]
     _check(drawn, "loss, accuracy or `ssam/...`")
     columns = min(2, len(drawn))
@@ -63,7 +70,7 @@ def plot_run(source: Source, path: str | Path | None = None) -> list[Axes]:
 
 
 def plot_runs(sources: Mapping[str, Source], path: str | Path | None = None) -> list[Axes]:
-    """Several runs over each other: loss, accuracy and top eigenvalue, as far as any run logged them.
+    """Several runs over each other: losses, score, ‖g‖ and top eigenvalue, as far as any run logged them.
 
     Args:
         sources: runs by the name to show; see `history`.
@@ -73,17 +80,21 @@ def plot_runs(sources: Mapping[str, Source], path: str | Path | None = None) -> 
         ValueError: if no run logged any of it.
     """
     logs = {name: history(source) for name, source in sources.items()}
-    drawn = [p for p in _COMPARED if any(series(log, p[2])[0] for log in logs.values())]
+    scores = [(title, y, keys[0][0]) for title, y, keys in _scores(logs.values())]
+    panels = [_COMPARED[0], *scores, *_COMPARED[1:]]
+    drawn = [p for p in panels if any(series(log, p[2])[0] for log in logs.values())]
     _check(drawn, "loss, accuracy or `sharpness/top_eigenvalue`")
-    axes = canvas(1, len(drawn), (4.8, 3.6))
-    for ax, (title, y, key) in zip(axes, drawn, strict=True):
+    columns = min(3, len(drawn))
+    axes = canvas(-(-len(drawn) // columns), columns, (4.8, 3.6))
+    for ax, (title, y, key) in zip(axes, drawn, strict=False):
         curves = {name: series(log, key) for name, log in logs.items()}
         for i, (name, (steps, values)) in enumerate(curves.items()):
             ax.plot(steps, values, label=name, marker="o" if len(steps) < 12 else None, markersize=3, **style(i))
         log_if_wide(ax, [v for _, values in curves.values() for v in values])
         dress(ax, title, "optimizer step", y, legend=ax is axes[0])
+    _blank(axes[len(drawn) :])
     save(axes[0], path)
-    return axes
+    return axes[: len(drawn)]
 
 
 def plot_rho_sweep(
@@ -116,6 +127,17 @@ def plot_rho_sweep(
     dress(ax, f"{metric.capitalize()} against the radius ρ", "ρ (log scale)", metric)
     save(ax, path)
     return ax
+
+
+def _scores(logs: Iterable[Log]) -> list[tuple[str, str, tuple[tuple[str, str], ...]]]:
+    """The panel of the score that the runs were evaluated by: accuracy, or the first that was logged."""
+    logged = dict.fromkeys(k for log in logs for entry in log for k in entry if k.startswith("eval_"))
+    named = [k for k in logged if not k.endswith(("_loss", "_runtime", "_per_second", "_time", "_tokens"))]
+    if not named:
+        return []
+    key = "eval_accuracy" if "eval_accuracy" in named else named[0]
+    name = key.removeprefix("eval_").replace("_", " ")
+    return [(f"Evaluation {name}", name, ((key, "evaluation"),))]
 
 
 def _seeds(scores: Mapping[float, Sequence[float]]) -> str:

@@ -4,6 +4,7 @@
     trace                their sum, with its standard error
     spectrum             their density
     ascent_sharpness     rise of the loss in a ball of radius ρ: what SAM lowers
+    suggest_rho          ρ at which a method's ascent raises the loss by a tenth
     edge_of_stability    where the largest is predicted to stop growing, given the learning rate and ρ
     loss_line, loss_plane   the loss round the weights
 
@@ -20,6 +21,7 @@ from .edges import Edges, edge_of_stability
 from .eigenvalues import Eigenvalues, top_eigenvalues
 from .landscape import Line, Plane, loss_line, loss_plane, random_direction
 from .objective import Objective
+from .radius import RhoSuggestion, suggest_rho
 from .stochastic import Spectrum, Trace, spectrum, trace
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Line",
     "Objective",
     "Plane",
+    "RhoSuggestion",
     "Spectrum",
     "Trace",
     "ascent_sharpness",
@@ -37,6 +40,7 @@ __all__ = [
     "loss_plane",
     "random_direction",
     "spectrum",
+    "suggest_rho",
     "top_eigenvalues",
     "trace",
 ]

@@ -130,6 +130,17 @@ def load_state(folder: str | Path, like: Mapping[str, Tensor]) -> dict[str, Any]
     return {**content, "memory": memory}
 
 
+def saved_rho(folder: str | Path, method: str) -> float | None:
+    """ρ that the run of checkpoint `folder` was given; None where it was not one with `method`.
+
+    Raises:
+        ValueError: if the file that says so is damaged.
+    """
+    path = Path(folder, STATE_FILE)
+    content = _checked(path, _read_json(path)) if path.is_file() else {}
+    return float(content["rho"]) if content.get("method") == method else None
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -22,8 +22,10 @@ from ..engine.two_pass import TwoPass
 from ..hub.model_card import ModelCardMixin
 from ..methods.method import checked_rho
 from . import checks as refusals
+from .ascent_rise import AscentRise
 from .base_optimizer import BaseOptimizerMixin
 from .checkpoints import Settings
+from .console import ConsoleMixin, opening, show_less
 from .hook_guard import HookGuardMixin
 from .loss_counts import LossCountMixin
 from .micro_batches import HostMixin, MicroBatch
@@ -31,11 +33,19 @@ from .resuming import ResumeMixin
 from .sample_ids import SampleIdMixin, ids_of, without_ids
 from .schedules import first_ascent, is_ascent_step, rho_factor
 from .step_log import PREFIX, StepLog
+from .suggested_rho import starting_rho
 from .training_args import SSAMArgumentsMixin
 
 
 class SSAMTrainerMixin(
-    BaseOptimizerMixin, HostMixin, SampleIdMixin, LossCountMixin, ResumeMixin, HookGuardMixin, ModelCardMixin
+    BaseOptimizerMixin,
+    HostMixin,
+    SampleIdMixin,
+    LossCountMixin,
+    ResumeMixin,
+    HookGuardMixin,
+    ConsoleMixin,
+    ModelCardMixin,
 ):
     """Sharpness-aware training for any Trainer: `class MyTrainer(SSAMTrainerMixin, SFTTrainer): ...`.
 
@@ -62,7 +72,8 @@ class SSAMTrainerMixin(
                 f"args: {type(self.args).__name__} has no `rho`; pass SSAMTrainingArguments, or a class made with "
                 "SSAMArgumentsMixin."
             )
-        self._step_log = StepLog()
+        self._step_log, self._ascent_rise = StepLog(), AscentRise()
+        show_less(self.callback_handler.callbacks)
         if self.args.is_sharpness_aware:
             self._refuse_what_cannot_work()
         if self.args.sharpness_steps is not None:
@@ -112,10 +123,20 @@ class SSAMTrainerMixin(
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the parent's; an entry that carries the training loss carries the step reports since the last one too."""
         if self.two_pass is not None and "loss" in logs:
-            logs.update(self._step_log.drain(lambda t: self.accelerator.reduce(t, reduction="mean")))
+            logs.update(self._step_log.drain(self.mean_over_ranks))
+            self._warn_of_the_rise()
         if self.two_pass is not None and "train_runtime" in logs:
             logs[PREFIX + "total_passes"] = self._step_log.total_passes
         super().log(logs, start_time)
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        """The average of a tensor over the ranks, which all call this in step."""
+        return self.accelerator.reduce(values, reduction="mean")
+
+    def _warn_of_the_rise(self) -> None:
+        said = self._ascent_rise.judge(self.mean_over_ranks, self._settings.rho)
+        if said is not None and self.is_world_process_zero():
+            warnings.warn(said, UserWarning, stacklevel=4)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -138,25 +159,28 @@ class SSAMTrainerMixin(
         refusals.refuse_static_graph(model, varies or rules.second_pass.varies or rules.takes_indices)
         refusals.refuse_static_shapes(self, rules.takes_indices)
         refusals.refuse_shared_samples(self, rules.takes_indices)
-        self.two_pass = TwoPass(
-            model,
-            method,
-            args.rho,
-            scope=args.ascent_scope,
-            perturb=args.perturb,
-            parameters=refusals.same_parameters(trainable(model), self.optimizer),
-            replay_rng=args.replay_rng,
-            offload_snapshot=args.offload_snapshot,
-            free_snapshot=args.free_snapshot,
-            per_sample_loss=self.per_sample_loss,
-            dataset_size=len(self.train_dataset) if has_length(self.train_dataset) else None,
-            total_steps=max_steps,
-        )
+        engine = {
+            "scope": args.ascent_scope,
+            "perturb": args.perturb,
+            "parameters": refusals.same_parameters(trainable(model), self.optimizer),
+            "replay_rng": args.replay_rng,
+            "offload_snapshot": args.offload_snapshot,
+            "free_snapshot": args.free_snapshot,
+            "per_sample_loss": self.per_sample_loss,
+            "dataset_size": len(self.train_dataset) if has_length(self.train_dataset) else None,
+            "total_steps": max_steps,
+        }
+        if args.suggest_rho:
+            args.rho = starting_rho(self, model, resume_from_checkpoint, **engine)
+        self.two_pass = TwoPass(model, method, args.rho, **engine)
         values = {**method.values, **({"rho_unit": args.rho_unit} if args.rho_unit != "weight" else {})}
         self._settings = Settings(method.name, values, checked_rho(args.rho, method), args.ascent_scope)
         self._step_log = StepLog()
         if resume_from_checkpoint is not None:
             self._load_engine(resume_from_checkpoint)
+        same_samples = rules.selection is None or rules.selection.between is None
+        self._ascent_rise = AscentRise(self.two_pass.clock.steps, same_samples)
+        self.say(opening(args, rules, self.two_pass.rho, max_steps))
 
     def _refuse_what_cannot_work(self) -> None:
         refusals.refuse_launch(self)
@@ -201,7 +225,8 @@ class SSAMTrainerMixin(
     def _finish_step(self) -> None:
         """Close the window; a step that is not finite must not be applied, nor move the scheduler."""
         report = self.two_pass.finish()
-        self._step_log.add(report)
+        self._step_log.add(report, self.two_pass.rho)
+        self._ascent_rise.add(report)
         # A backward pass costs two forwards, as `floating_point_ops` has it.
         self.current_flos += self._window_flos * (report.forwards - report.passes) / 3
         self._window_flos = 0.0

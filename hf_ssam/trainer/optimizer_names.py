@@ -23,10 +23,9 @@ def checked_optim(name: Any) -> str:
     """
     name = plain(name)
     if name not in METHODS and name not in STOCK:
-        raise ValueError(
-            f"optim: there is no `{name}`{_nearest(name, (*METHODS, *STOCK))} Methods: {', '.join(METHODS)}; or a "
-            "stock optimizer name such as adamw_torch, sgd."
-        )
+        near = _nearest(name, (*METHODS, *STOCK))
+        every = f" Methods: {', '.join(METHODS)}; or a stock optimizer name such as adamw_torch, sgd."
+        raise ValueError(f"optim: there is no `{name}`{near}{every if near == '.' else ''}")
     return name
 
 
@@ -70,7 +69,7 @@ def optim_help(methods: Mapping[str, Method]) -> str:
 
 def _row(method: Method) -> str:
     mark = ", experimental" if method.experimental else ""
-    return f"`{method.name}` ({method.paper.title}, rho {method.rho:g}, {method.passes} passes{mark})"
+    return f"`{method.name}` ({method.paper.short}, rho {method.rho:g}, {method.passes} passes{mark})"
 
 
 def options_help(methods: Mapping[str, Method]) -> str:

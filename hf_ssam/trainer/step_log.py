@@ -20,8 +20,8 @@ class StepLog:
     """Sums of step reports since the last log entry.
 
     Averages run over the steps in which the field existed and that were not skipped, and are left out where there is
-    no such step; `perturbed_steps` and `skipped_steps` count, and `total_passes` is what the run has cost so far in
-    passes over a batch.
+    no such step, as `rho` is, the mean radius of the perturbed steps; `perturbed_steps` and `skipped_steps` count, and
+    `total_passes` is what the run has cost so far in passes over a batch.
     """
 
     def __init__(self, total_passes: float = 0.0):
@@ -30,10 +30,11 @@ class StepLog:
         self._counts: dict[str, Tensor] = {}
         self._steps = 0
         self._perturbed = 0
+        self._rho = 0.0
         self._skipped: Tensor | float = 0.0
 
-    def add(self, report: StepReport) -> None:
-        """Take one step's report, without reading it."""
+    def add(self, report: StepReport, rho: float = 0.0) -> None:
+        """Take the report of a step with radius `rho`, without reading it."""
         kept = ~report.skipped
         for name in FIELDS:
             value = getattr(report, name)
@@ -42,7 +43,9 @@ class StepLog:
                 self._sums[name] = self._sums.get(name, 0.0) + torch.where(kept, value, 0.0)
                 self._counts[name] = self._counts.get(name, 0.0) + kept.float()
         self._steps += 1
-        self._perturbed += report.perturbation_norm is not None
+        perturbed = report.perturbation_norm is not None
+        self._perturbed += perturbed
+        self._rho += rho * perturbed
         self._skipped = self._skipped + report.skipped.float()
         self.total_passes += report.passes
 
@@ -59,6 +62,8 @@ class StepLog:
         *values, skipped = mean_over_ranks(torch.stack([*columns, self._skipped])).tolist()
         pairs = zip(FIELDS, values[: len(FIELDS)], values[len(FIELDS) :], strict=True)
         entry = {PREFIX + name: total / count for name, total, count in pairs if count}
+        if self._perturbed:
+            entry[PREFIX + "rho"] = self._rho / self._perturbed
         entry[PREFIX + "perturbed_steps"] = self._perturbed
         entry[PREFIX + "skipped_steps"] = round(skipped)
         entry[PREFIX + "total_passes"] = self.total_passes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -17,11 +18,12 @@ from ..methods import METHODS, Method, get_method
 from ..methods.method import RHO_MAX, checked_rho
 from ..methods.options import parse_optim_args
 from ..rules.budget import RHO_UNITS
+from .console import SHOWN
 from .optimizer_names import checked_base, checked_optim, optim_help, options_help, plain
 from .schedules import RHO_SCHEDULES, check_schedule
 
 _STEPS_IN_BACKWARD = ("lomo", "adalomo")
-_OF_EVERY_RUN = ("optim", "optim_args", "mend_loss_count", "sharpness_steps")
+_OF_EVERY_RUN = ("optim", "optim_args", "mend_loss_count", "sharpness_steps", "log_ssam")
 
 
 @dataclass(repr=False)
@@ -39,10 +41,15 @@ class SSAMArgumentsMixin:
         base_optim (`str`): the stock optimizer that uses the gradient; the parent's default `optim`.
         base_optim_args (`str`, *optional*): what the stock `optim_args` is to the base optimizer.
         rho (`float`, *optional*): radius ρ ≥ 0 of the perturbation, in the units of the method's ascent; `None` is the
-            method's default.
+            method's default. The defaults are the papers', most of them of networks trained from scratch; encoders of
+            BERT's size that are fine-tuned took 1e-4 to 1e-2.
         rho_unit (`str`, defaults to `"weight"`): what ρ is: the length of the perturbation (`weight`), the rise of the
             loss that it is predicted to cause (`loss`), or that rise as a share of the loss (`relative_loss`).
         rho_max (`float`, defaults to 0.3): the longest perturbation where `rho_unit` is not `weight`.
+        suggest_rho (`bool`, defaults to `False`): before the first step, measure on the batches of four steps the ρ at
+            which the ascent raises the loss by a tenth, once the base optimizer has trained on them for at most 48
+            steps (which are undone), and train with it; `rho` is where the search begins. A resumed run keeps the ρ
+            that its checkpoint has.
         perturb (`str`, defaults to `"all"`): which parameters: `all`, `norm`, or a regular expression on their names.
 
     > Parameters that control when and over what
@@ -70,6 +77,9 @@ class SSAMArgumentsMixin:
         free_snapshot (`bool`, defaults to `False`): give the memory of that copy back after each step. On the CPU it
             is kept otherwise, since fresh memory costs more than ten copies.
         sharpness_steps (`int`, *optional*): measure the curvature every n steps.
+        log_ssam (`str`, defaults to `"main"`): which `ssam/…` values of a log entry the console shows: `all`, the
+            `main` ones, or `none`, which silences the line before training too. The state and every `report_to` have
+            all of them.
     """
 
     # `OptimizerNames | str` would be narrowed to the enum by HfArgumentParser, and `ssam` refused.
@@ -79,12 +89,22 @@ class SSAMArgumentsMixin:
         default=TrainingArguments.default_optim, metadata={"help": "The stock optimizer that uses the gradient."}
     )
     base_optim_args: str | None = field(default=None, metadata={"help": "`optim_args` of the base optimizer."})
-    rho: float | None = field(default=None, metadata={"help": "Radius of the perturbation; None: the method's."})
+    rho: float | None = field(
+        default=None,
+        metadata={
+            "help": "Radius of the perturbation; None: the method's. Fine-tuned encoders of BERT's size took 1e-4 to "
+            "1e-2, networks trained from scratch 0.05 to 0.5."
+        },
+    )
     rho_unit: Literal[RHO_UNITS] = field(  # type: ignore[valid-type]
         default="weight", metadata={"help": "What rho is: a length, a rise of the loss, or that as a share of it."}
     )
     rho_max: float = field(
         default=RHO_MAX, metadata={"help": "The longest perturbation where rho_unit is not `weight`."}
+    )
+    suggest_rho: bool = field(
+        default=False,
+        metadata={"help": "Measure on the first batches the rho that raises the loss by a tenth, and train with it."},
     )
     rho_scheduler_type: Literal[RHO_SCHEDULES] = field(  # type: ignore[valid-type]
         default="constant", metadata={"help": "How rho changes over the run; `lr` follows the learning rate."}
@@ -118,6 +138,10 @@ class SSAMArgumentsMixin:
     )
     sharpness_steps: int | None = field(
         default=None, metadata={"help": "Measure and log the curvature every n steps; None: never."}
+    )
+    log_ssam: Literal[SHOWN] = field(  # type: ignore[valid-type]
+        default="main",
+        metadata={"help": "Which ssam/… values the console shows; trainer_state.json and report_to have all of them."},
     )
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -154,11 +178,23 @@ class SSAMArgumentsMixin:
         known = METHODS[self.optim].options if self.is_sharpness_aware else options
         for name in options:
             if name not in known:
+                home = self._home_of(name, options[name])
                 raise ValueError(
-                    f"optim_args: method `{self.optim}` has no option `{name}`; its options are "
+                    f"optim_args: method `{self.optim}` has no option `{name}`; {home}its options are "
                     f"{', '.join(sorted(known))}, and those of the base optimizer go into base_optim_args."
                 )
         return get_method(self.optim, self.rho_unit, self.rho_max, **options)
+
+    def _home_of(self, option: str, value: Any) -> str:
+        """Where an option of the base optimizer belongs, where it has one of that name."""
+        from transformers import Trainer  # slow to import, and only needed here
+
+        try:
+            kind, _ = Trainer.get_optimizer_cls_and_kwargs(self.base_arguments())
+        except (ImportError, ValueError):  # its package is missing, or its own options are wrong
+            return ""
+        found = option in inspect.signature(kind).parameters
+        return f"{plain(self.base_optim)} has one: base_optim_args={option}={value}; " if found else ""
 
     def base_arguments(self) -> SSAMArgumentsMixin:
         """These arguments as a stock Trainer would be given them: `optim` is the base optimizer."""
@@ -230,9 +266,14 @@ class SSAMArgumentsMixin:
                 "adam_beta1, adam_beta2 and adam_epsilon; drop base_optim and its args, or use optim=sam with them."
             )
         check_schedule(self.rho_scheduler_type)
-        if self.ascent_scope not in SCOPES:
-            listed = ", ".join(SCOPES)
-            raise ValueError(f"ascent_scope: `{self.ascent_scope}` does not exist; choose one of {listed}.")
+        for name, choices in (("ascent_scope", SCOPES), ("log_ssam", SHOWN)):
+            if getattr(self, name) not in choices:
+                listed = ", ".join(choices)
+                raise ValueError(f"{name}: `{getattr(self, name)}` does not exist; choose one of {listed}.")
+        if self.suggest_rho and self.rho_unit != "weight":
+            raise ValueError(
+                f"suggest_rho: with rho_unit={self.rho_unit} rho is a rise of the loss already; drop one of the two."
+            )
         if not 0 <= self.ascent_start < float("inf"):
             raise ValueError(f"ascent_start: {self.ascent_start} is not allowed; choose a ratio below 1, or a step.")
         if self.num_micro_batches > 1 and self.ascent_scope != "micro_batch":

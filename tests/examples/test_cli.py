@@ -78,3 +78,38 @@ def test_what_the_user_can_mend_exits_with_status_2_and_a_bug_keeps_its_tracebac
     assert capsys.readouterr().err == "error: give less\n"
     with pytest.raises(KeyError):
         run(bug)
+
+
+def test_help_shows_ours_and_the_usual_flags_and_all_of_them_when_asked(capsys):
+    shown = {}
+    for flag in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as end:
+            parse(flag)
+        assert end.value.code == 0
+        shown[flag] = capsys.readouterr().out
+    assert all(
+        name in shown["--help"] for name in ("--rho", "--optim ", "--suggest_rho", "--learning_rate", "--help_all")
+    )
+    assert "--torch_compile_mode" in shown["--help_all"] and "--torch_compile_mode" not in shown["--help"]
+    assert shown["--help"].count("\n") < 230 < 500 < shown["--help_all"].count("\n")
+    assert "(default: " in shown["--help"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--optim_args", "momentum=0.9", "--base_optim", "sgd"], "sgd has one: base_optim_args=momentum=0.9"),
+        (["--optim_args", "momentum=0.9"], "those of the base optimizer go into base_optim_args"),
+        (["--optim", "ssamm"], "there is no `ssamm`; did you mean `ssam`"),
+        (["--log_ssam", "some"], "log_ssam"),
+    ],
+)
+def test_mistake_about_our_flags_names_the_way_out(argv, sentence):
+    with pytest.raises(UsageError) as error:
+        parse(*argv)
+    assert sentence in str(error.value) and len(str(error.value)) < 300
+
+
+def test_flag_that_has_no_effect_with_a_stock_optimizer_is_named():
+    with pytest.warns(UserWarning, match="rho=0.1: no effect with the stock optimizer optim=adamw_torch"):
+        parse("--optim", "adamw_torch", "--rho", "0.1")

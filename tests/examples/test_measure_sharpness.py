@@ -12,8 +12,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from transformers import BertTokenizerFast, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 import measure_sharpness
+from hf_ssam.saved import models as probes
+from hf_ssam.saved import resident
 from hf_ssam.sharpness import Objective, top_eigenvalues
-from support import probes, resident
 from support.cli import UsageError
 from tests.support.cases import bert, gpt2
 

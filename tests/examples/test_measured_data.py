@@ -29,12 +29,12 @@ import measure_sharpness
 import run_clm
 import run_image_classification
 import run_text_classification
+from hf_ssam.saved.data import FILE, RunData
+from hf_ssam.saved.rows import running
 from hf_ssam.sharpness import Objective
 from support import offline
 from support.cli import UsageError
 from support.efficientnet_lite0 import processor
-from support.probe_rows import running
-from support.run_data import FILE, RunData
 
 SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXTS = ["a sweet apple", "warm bread", "old cheese", "fresh dill"]
@@ -158,7 +158,7 @@ def test_an_image_run_is_measured_on_its_own_folder_and_on_another(tmp_path):
 
 def test_figures_name_the_data(text_run, tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(measure_sharpness, "save", lambda ax, path: drawn.update({path.name: ax}))
+    monkeypatch.setattr("hf_ssam.cli.sharpness.save", lambda ax, path: drawn.update({path.name: ax}))
     flags = ["--measures", "ascent", "--spectrum_steps", 3, "--plane", "--output_dir", tmp_path]
     called(measure_sharpness.main, text_run / "out", *flags)
     assert set(drawn) == {"spectrum.png", "loss_line.png", "plane.png"}

@@ -339,3 +339,40 @@ def test_a_refused_card_is_not_called_a_lost_network():
     assert "cannot be reached or broke off (ConnectionResetError); check the network" in explain(
         ConnectionResetError(), "me/toy"
     )
+
+
+def test_repeat_command_begins_afresh(monkeypatch, tmp_path):
+    script = tmp_path / "train.py"
+    script.touch()
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    for words in (
+        ["--resume_from_checkpoint", "true", "--rho", "0.1"],
+        ["--rho", "0.1", "--resume_from_checkpoint=out/checkpoint-2"],
+        ["--rho", "0.1", "--resume_from_checkpoint", "true"],
+        ["--resume_from_checkpoint", "--rho", "0.1"],
+    ):
+        monkeypatch.setattr(sys, "argv", [str(script), *words])
+        assert repeat_command().endswith("train.py --rho 0.1")
+
+
+def test_card_has_data_labels_and_a_pipeline(tmp_path):
+    run = trainer(arguments(tmp_path / "run"))
+    run.model.config.id2label = {0: "good", 1: "b|ad"}
+    card = card_of(run)
+    assert card.data.pipeline_tag == "text-classification"
+    assert f"- {len(run.train_dataset)} examples to train on, {len(run.eval_dataset)} to evaluate on" in card.text
+    assert "- 2 classes: `good`, <code>b\\|ad</code>" in card.text
+    assert "print(pipeline('text-classification', model='run')(\"A sentence to classify.\"))" in card.text
+
+
+def test_card_of_an_adapter_names_no_folder_as_its_base(tmp_path, trained):
+    run, _, _ = trained
+    (base := tmp_path / "secret" / "tiny").mkdir(parents=True)
+    run.model.save_pretrained(base)
+    model = BertForSequenceClassification.from_pretrained(base)
+    adapted = trainer(arguments(tmp_path / "adapted"))
+    adapted.model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    (tmp_path / "adapted").mkdir(exist_ok=True)
+    adapted.model.save_pretrained(tmp_path / "adapted")  # writes a card with the tag `base_model:adapter:PATH`
+    card = card_of(adapted)
+    assert "secret" not in card.content and "base_model" not in card.content

@@ -32,6 +32,7 @@ LOG = [
             "loss": 2.0 / s,
             "ssam/ascent_loss": 2.2 / s,
             "ssam/scale": 0.9,
+            "ssam/rho": 0.05 / s,
             "ssam/grad_norm": 1.0,
             "ssam/ascent_grad_norm": 1.1,
             "ssam/perturbation_norm": 0.05,
@@ -81,10 +82,14 @@ class TestRuns:
         assert [ax.get_title() for ax in axes] == [
             "Loss",
             "Evaluation accuracy",
-            "SSAM factor γ = ‖g‖/‖ĝ‖",
+            "Factor γ = ‖g‖/‖ĝ‖ of the step",
             "Norms",
+            "Radius ρ",
+            "Top Hessian eigenvalue",
         ]
-        assert curves(axes[0])["training"] == (list(range(1, 21)), [2.0 / s for s in range(1, 21)])
+        assert curves(axes[4])["ρ"] == (list(range(1, 21)), [0.05 / s for s in range(1, 21)])
+        assert curves(axes[5])["λ₁"] == ([0, 10, 20], [1.0, 11.0, 21.0])
+        assert curves(axes[0])["training, at w"] == (list(range(1, 21)), [2.0 / s for s in range(1, 21)])
         assert curves(axes[0])["evaluation"] == ([10, 20], [0.3, 0.15])
         assert curves(axes[1])["evaluation"] == ([10, 20], [0.5, 1.0])
         assert all(ax.get_xlabel() == "optimizer step" and ax.get_ylabel() for ax in axes)
@@ -95,10 +100,22 @@ class TestRuns:
         with pytest.raises(ValueError, match="source: the log holds no loss, accuracy"):
             plot_run([{"step": 1, "train_runtime": 3.0}])
 
+    def test_a_run_that_is_scored_otherwise(self):
+        log = [{"step": s, "eval_loss": 1.0, "eval_runtime": 2.0, "eval_mean_f1": s / 4} for s in (1, 2)]
+        axes = plot_run(log)
+        assert [ax.get_title() for ax in axes] == ["Loss", "Evaluation mean f1"]
+        assert curves(axes[1])["evaluation"] == ([1, 2], [0.25, 0.5])
+
     def test_two_runs(self, tmp_path):
         slower = [{**e, "loss": e["loss"] * 2} if "loss" in e else e for e in LOG]
         axes = plot_runs({"ssam": LOG, "adamw": slower}, tmp_path / "runs.png")
-        assert len(axes) == 3
+        assert [ax.get_title() for ax in axes] == [
+            "Training loss",
+            "Evaluation accuracy",
+            "Loss at w + e",
+            "Norm of the gradient",
+            "Top Hessian eigenvalue",
+        ]
         assert curves(axes[0])["adamw"][1] == [4.0 / s for s in range(1, 21)]
         assert [t.get_text() for t in axes[0].get_legend().get_texts()] == ["ssam", "adamw"]
         assert is_png(tmp_path / "runs.png")
@@ -147,7 +164,7 @@ class TestCurvature:
         found = spectrum(Quadratic(), {"h": torch.linspace(-1, 9, 50, dtype=torch.float64)[None]}, 20, 2)
         ax = plot_spectrum(found, tmp_path / "spectrum.png")
         x, y = ax.get_lines()[0].get_data()
-        np.testing.assert_allclose(y, found.density(x, 0.01 * (found.nodes[-1] - found.nodes[0])))
+        np.testing.assert_allclose(y, found.density(x, 0.01 * (found.nodes[-1] - found.nodes[0])), rtol=1e-6)
         assert list(curves(ax))[0] == "λ₁ ≈ 9 (▼)"
         assert "standard deviation 0.1" in ax.get_xlabel()
         assert is_png(tmp_path / "spectrum.png")
@@ -156,6 +173,23 @@ class TestCurvature:
         one = Spectrum(np.array([0.0, 1.0]), np.array([0.5, 0.5]), 1, 0.0, 10, "float32")
         ax = plot_spectrum({"ssam": one, "sgd": one})
         assert [t.get_text() for t in ax.get_legend().get_texts()] == ["ssam: λ₁ ≈ 1 (▼)", "sgd: λ₁ ≈ 1 (▼)"]
+
+    def test_marker_of_the_largest_eigenvalue_stands_on_a_bump_of_its_curve(self):
+        """A start vector that is nearly orthogonal to the top eigenvector gives it next to no mass."""
+        missed = Spectrum(np.array([0.0, 10.0]), np.array([1 - 1e-12, 1e-12]), 1, 0.0, 1000, "float32")
+        ax = plot_spectrum({"ssam": missed, "sgd": missed})
+        x, y = ax.get_lines()[0].get_data()
+        near, between = y[np.abs(x - 10.0).argmin()], y[np.abs(x - 9.0).argmin()]
+        assert near == pytest.approx(1 / 1000 / (0.1 * np.sqrt(2 * np.pi)), rel=1e-2)
+        assert near > ax.get_ylim()[0] > between
+        marker = ax.get_lines()[1]
+        assert marker.get_xdata()[0] == 10.0 and near < marker.get_ydata()[0] < 2 * near
+
+    def test_lines_of_two_models_begin_at_one_point(self):
+        t = np.linspace(-1, 1, 5)
+        ax = plot_loss_line({"a": Line(t, 3 + t**2), "b": Line(t, 1 + 2 * t**2)}, rise=True, title="along v", x="t")
+        assert curves(ax)["a (loss 3)"][1] == (t**2).tolist() and curves(ax)["b (loss 1)"][1] == (2 * t**2).tolist()
+        assert (ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) == ("along v", "t", "loss above that at w")
 
     def test_lines_and_a_plane(self, tmp_path):
         t = np.linspace(-1, 1, 5)

@@ -89,7 +89,7 @@ def test_registered_method_is_taken_by_every_route(route, tmp_path):
 
 
 def test_registered_method_is_named_where_a_name_is_wrong():
-    with pytest.raises(ValueError, match=r"there is no `sign_sm`; did you mean `sign_sam`.*Methods: .*sign_sam"):
+    with pytest.raises(ValueError, match=r"there is no `sign_sm`; did you mean `sign_sam`"):
         SSAMTrainingArguments("out", optim="sign_sm")
 
 

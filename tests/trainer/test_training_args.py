@@ -73,10 +73,7 @@ def test_stock_names_stay_stock(name):
     assert args.optim == OptimizerNames(name) and args.optim_args == "a=1"
 
 
-MISTYPED = (
-    r"optim: there is no `ssma`; did you mean `ssam`.*\? Methods: ssam, .*; "
-    "or a stock optimizer name such as adamw_torch, sgd"
-)
+MISTYPED = r"optim: there is no `ssma`; did you mean `ssam`[^.]*\?$"
 
 
 @pytest.mark.parametrize(
@@ -90,10 +87,10 @@ MISTYPED = (
     ],
     ids=["python", "command line", "dictionary", "replace", "set_optimizer"],
 )
-def test_optim_mistyped_names_the_nearest_and_the_methods(route):
+def test_optim_mistyped_names_the_nearest_alone(route):
     with pytest.raises(ValueError, match=MISTYPED) as error:
         route()
-    assert "galore" not in str(error.value), "a sentence, not sixty names"
+    assert "galore" not in str(error.value) and "Methods:" not in str(error.value), "a sentence, not sixty names"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +133,7 @@ def test_a_stock_optimizer_alone_and_a_method_say_nothing(recwarn):
 
 def test_help_survives_a_percent_sign(capsys):
     """argparse formats it, so one `%` in a paper's title would end every `--help` in a traceback."""
-    paper = dataclasses.replace(METHODS["sam"].paper, title="50% sharper %s")
+    paper = dataclasses.replace(METHODS["sam"].paper, authors="50% sharper %s, A")
     table = {"sam": dataclasses.replace(METHODS["sam"], paper=paper, options={"k": Option("5%", "of it")})}
     parser = argparse.ArgumentParser()
     parser.add_argument("--optim", help=optim_help(table))

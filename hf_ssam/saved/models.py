@@ -6,7 +6,6 @@ adapter's. The rows are the first ones of the data, shuffled with seed 0, so tha
 
 import argparse
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +22,12 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from . import probe_rows
-from .base_models import labelled, pretrained
-from .cli import UsageError
+from . import rows as inputs
+from .data import RunData, beside
+from .errors import UsageError
 from .labels import class_names, finished_names, not_known
-from .probe_rows import Batch, labels_of, require_columns
-from .run_data import RunData, beside
+from .names import short_names
+from .rows import Batch, labels_of, require_columns
 
 LOADERS = {
     "ForSequenceClassification": AutoModelForSequenceClassification,
@@ -43,12 +42,13 @@ TEXT, IMAGE, LABEL = "text", "image", "label"
 
 @dataclass
 class Subject:
-    """A model with the rows it is measured on, and what these are."""
+    """A model with the rows it is measured on, what these are, and whether its head knows nothing yet."""
 
     name: str
     model: torch.nn.Module
     batches: list[Batch]
     data: str
+    is_new: bool = False
 
     @property
     def weight_mib(self) -> float:
@@ -85,16 +85,6 @@ def load_all(folders: list[str], args: argparse.Namespace) -> list[Subject]:
     return [load(folder, name, args) for folder, name in zip(folders, short_names(folders), strict=True)]
 
 
-def short_names(folders: list[str]) -> list[str]:
-    """`a/run` and `b/run` stay apart; names on the Hub stay whole, and a model given twice is the same model."""
-    paths = {f: Path(f).absolute().parts if Path(f).is_dir() else (f,) for f in folders}
-    for depth in range(1, max(map(len, paths.values())) + 1):
-        short = {f: "/".join(parts[-depth:]) for f, parts in paths.items()}
-        if len(set(short.values())) == len(short):
-            break
-    return [short[f] for f in folders]
-
-
 def load(folder: str, name: str, args: argparse.Namespace) -> Subject:
     """The model in `folder` (or of that name on the Hub) with `args.rows` rows in its own tokens or pixels.
 
@@ -111,12 +101,12 @@ def load(folder: str, name: str, args: argparse.Namespace) -> Subject:
         columns = data.columns or [TEXT]
         require_columns(rows, data.name, columns)
         tokenizer = pretrained(AutoTokenizer, folder)
-        batches = probe_rows.running(rows, columns, tokenizer, args.batch_size, args.max_length)
+        batches = inputs.running(rows, columns, tokenizer, args.batch_size, args.max_length)
         return Subject(name, opened.load(None), batches, data.name)
     names, batches = judged(folder, opened, run, data, rows, args)
     if not opened.has_head:
         print(f"{name} has no classification head: measured with a fresh one.")
-    return Subject(name, opened.load(names), batches, data.name)
+    return Subject(name, opened.load(names), batches, data.name, not opened.has_head and opened.adapter is None)
 
 
 def named_data(folder: str, run: RunData | None, args: argparse.Namespace) -> RunData:
@@ -153,11 +143,11 @@ def judged(
     names, unknown = classes(folder, opened, run, rows, data.label_column)
     labels = labels_of(rows, data.label_column, names, data.name, unknown)
     if is_image:
-        return names, probe_rows.pictured(
+        return names, inputs.pictured(
             rows, columns[0], pretrained(AutoImageProcessor, folder), labels, args.batch_size
         )
     tokenizer = pretrained(AutoTokenizer, folder)
-    return names, probe_rows.classified(rows, columns, tokenizer, labels, args.batch_size, args.max_length)
+    return names, inputs.classified(rows, columns, tokenizer, labels, args.batch_size, args.max_length)
 
 
 def classes(
@@ -214,3 +204,22 @@ def adapter_settings(folder: str) -> Any | None:
     except ImportError as error:
         raise UsageError(f"{folder} is an adapter: pip install -c constraints.txt peft, to open it") from error
     return PeftConfig.from_pretrained(folder)
+
+
+def pretrained(loader: Any, path: str, **options: Any) -> Any:
+    """``loader.from_pretrained(path, **options)``.
+
+    Raises:
+        UsageError: `path` is neither a local folder with such a thing in it nor a name on the Hub.
+    """
+    try:
+        return loader.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path} is neither a local folder nor to be had from the Hub ({reason})") from error
+
+
+def labelled(names: list[str]) -> dict[str, Any]:
+    """What the configuration of a classifier says of the classes `names`."""
+    number = {name: i for i, name in enumerate(names)}
+    return {"id2label": dict(enumerate(names)), "label2id": number, "problem_type": None}

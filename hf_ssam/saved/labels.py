@@ -11,7 +11,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, List
 from transformers import PreTrainedConfig
 
-from .cli import UsageError
+from .errors import UsageError
 
 SHOWN = 12
 

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from .cli import UsageError
+from .errors import UsageError
 from .labels import numbers
 
 Batch = dict[str, torch.Tensor]
