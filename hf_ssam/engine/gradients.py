@@ -14,7 +14,7 @@ from ..rules.state import MethodState
 from ..rules.tensors import Vector, copied, parts, restricted, scaled
 from .passes import Passes
 from .report import StepReport
-from .window import AccumulationWindow
+from .window import AccumulationWindow, Offset
 
 
 class Unit:
@@ -51,15 +51,18 @@ class Gradients:
         self._rules, self.space, self.perturbed = rules, space, perturbed
         self._passes, self._ranks = passes, passes.ranks
 
-    def begin(self, rho: float, clock: Clock, state: MethodState) -> Vector:
-        """A window begins: what its first passes are displaced by, in units of ρ; empty for most methods."""
+    def begin(self, rho: float, clock: Clock, state: MethodState) -> Offset:
+        """A window begins: what its first passes are displaced by; nothing for most methods."""
         adapters, offset = self._passes.adapters, self._rules.first_offset
         if rho == 0 or (adapters is None and offset is None):
-            return {}
+            return Offset()
         context = self._context(self.space.weights(self.perturbed), {}, torch.zeros(()), rho, clock, state)
         if adapters is not None:
             adapters.begin(context, clock)
-        return {} if offset is None else offset({}, context)
+        if offset is None:
+            return Offset()
+        u = offset({}, context)
+        return Offset(u, rho * context.norm(u))
 
     def close(self, window: AccumulationWindow, clock: Clock, state: MethodState) -> StepReport:
         """Go from `g` in `.grad` to `d` in `.grad`, and leave what the method keeps in `state`."""
@@ -95,7 +98,7 @@ class Gradients:
         """How far from the model's own weights the first passes were taken; None where they were taken at `w`."""
         if self._passes.adapters is not None:
             return self._passes.adapters.finish(context.g, context, finite, unit.inverse)
-        return None if self._rules.first_offset is None else context.rho * context.norm(window.first_offset)
+        return window.first_offset.length
 
     def _with_two(self, window: AccumulationWindow, context: StepContext, unit: Unit) -> StepReport:
         """A window that takes a second pass, at `w + ρ u`."""

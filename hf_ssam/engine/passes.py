@@ -21,7 +21,7 @@ from .ranks import Ranks
 from .replay import Replay
 from .sample_selection import SampleSelection
 from .squared_gradients import squared_gradients
-from .window import AccumulationWindow, MicroBatchRecord
+from .window import AccumulationWindow, MicroBatchRecord, Offset
 
 
 class Displacement:
@@ -104,7 +104,7 @@ class Passes:
         self._recorder, self._selection, self._logits = recorder, selection, logits
 
     def window(
-        self, rho: float, loss_scale: float | Tensor | None, first_offset: Vector, position: int
+        self, rho: float, loss_scale: float | Tensor | None, first_offset: Offset, position: int
     ) -> AccumulationWindow:
         """An empty window, with the buffers as they are."""
         buffers = self._replay.snapshot_buffers()
@@ -140,7 +140,7 @@ class Passes:
             self._selection.pick(record, state, step, self.ranks, window.position + len(window.records))
         window.records.append(record)
         window.share = window.share + record.share
-        offset = window.first_offset
+        offset = window.first_offset.u
         with self.displacement.by(offset, window.rho) if offset else nullcontext(), self._watched(window, record):
             loss, record.forward = self._run(window, record, record.index)
         window.loss = window.loss + loss

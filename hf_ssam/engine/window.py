@@ -53,6 +53,19 @@ class MicroBatchRecord:
         return {"labels": self.labels if index is None else self.labels[index.to(self.labels.device)]}
 
 
+@dataclass(frozen=True)
+class Offset:
+    """What first passes are displaced by.
+
+    Attributes:
+        u: in units of ρ; empty where they are taken at `w`.
+        length: of `ρ u`, shape (); None where they are taken at `w`.
+    """
+
+    u: Vector = field(default_factory=dict)
+    length: Tensor | None = None
+
+
 @dataclass
 class AccumulationWindow:
     """The passes that ascend together: all micro-batches of a step, or one of them under `micro_batch`.
@@ -62,7 +75,7 @@ class AccumulationWindow:
         loss_scale: what the losses were multiplied by before backward.
         buffers_seen: the model's buffers as the first pass found them.
         buffers_due: whether DDP was about to broadcast buffers.
-        first_offset: what the first passes are displaced by, in units of ρ; empty for most methods.
+        first_offset: what the first passes are displaced by; nothing for most methods.
         position: how many micro-batches of the step came before the window.
         records: the micro-batches.
         loss: sum of what the first passes returned.
@@ -75,7 +88,7 @@ class AccumulationWindow:
     loss_scale: float | Tensor | None
     buffers_seen: Any
     buffers_due: bool
-    first_offset: Vector = field(default_factory=dict)
+    first_offset: Offset = field(default_factory=Offset)
     position: int = 0
     records: list[MicroBatchRecord] = field(default_factory=list)
     loss: Tensor | float = 0.0

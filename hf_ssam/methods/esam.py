@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..rules.ascent import normalize
 from ..rules.context import Rule, StepContext, chain
-from ..rules.noise import uniform
+from ..rules.noise import thinned
 from ..rules.selection import Selection, kept
-from ..rules.tensors import Vector, multiplied, scaled
+from ..rules.tensors import Vector
 from .method import Method, Paper, Rules
 from .options import Option
 
@@ -40,8 +40,7 @@ def random_subset(beta: float, seed: int) -> Rule:
     """
 
     def rule(v: Vector, context: StepContext) -> Vector:
-        drawn = uniform(v, context, seed)
-        return scaled(multiplied(v, {n: t < beta for n, t in drawn.items()}), 1.0 / beta)
+        return thinned(v, context, beta, seed)
 
     return rule
 
@@ -69,7 +68,7 @@ METHOD = Method(
     rho=0.05,
     paper=PAPER,
     options={
-        "beta": Option(0.6, "β: share of the coordinates perturbed (official run.sh)", 0.0, 1.0, True),
+        "beta": Option(0.6, "β: share of the coordinates perturbed (official run.sh)", 2.0**-16, 1.0),
         "gamma": Option(0.5, "γ: share of the samples in the second pass (official run.sh)", 0.0, 1.0, True),
         "seed": SEED,
     },

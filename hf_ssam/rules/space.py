@@ -217,7 +217,7 @@ def dots_of(us: Sequence[Tensor], vs: Sequence[Tensor]) -> Tensor:
 
 
 def _norm(t: Tensor) -> Tensor:
-    flat = _in_memory_order(t)
+    flat = in_memory_order(t)
     if flat.dtype == torch.float64 or len(flat) < PIECE:
         return torch.linalg.vector_norm(flat, dtype=torch.float64)
     norm = torch.linalg.vector_norm(torch.cat([_of_pieces(part) for part in _float32(flat)]))
@@ -247,7 +247,7 @@ def _dot(u: Tensor, v: Tensor) -> Tensor:
         dtype = torch.promote_types(u.dtype, torch.float32)
         return torch.sum(u.to(dtype) * v.to(dtype))
     alike = u.stride() == v.stride()
-    u, v = (_in_memory_order(t) if alike else t.reshape(-1) for t in (u, v))
+    u, v = (in_memory_order(t) if alike else t.reshape(-1) for t in (u, v))
     dtype = torch.promote_types(u.dtype, torch.float32)
     products = [
         torch.dot(a.to(dtype), b.to(dtype)).double() for a, b in zip(u.split(CHUNK), v.split(CHUNK), strict=True)
@@ -255,7 +255,7 @@ def _dot(u: Tensor, v: Tensor) -> Tensor:
     return torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64)
 
 
-def _in_memory_order(t: Tensor) -> Tensor:
+def in_memory_order(t: Tensor) -> Tensor:
     """`t` as a vector in the order of its memory, without a copy where it has no gaps (transposed, channels last)."""
     order = sorted(range(t.dim()), key=lambda d: t.stride(d), reverse=True)
     return t.permute(order).reshape(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from hf_ssam.methods.esam import random_subset
 from hf_ssam.methods.sparse_sam import dynamic
 from hf_ssam.rules.context import StepContext
 from hf_ssam.rules.masks import largest, n_of_m
-from hf_ssam.rules.noise import uniform
 from hf_ssam.rules.space import ParameterSpace
 from tests.engine.test_two_pass import loss_of, regression, sgd_with_engine
 from tests.support.cases import assert_identical, weights
@@ -114,8 +114,31 @@ def test_a_random_subset_is_unbiased():
     rule = random_subset(0.5, seed=0)
     mean = sum(rule(v, at_step(space, step))["a"] for step in range(4000)) / 4000
     torch.testing.assert_close(mean, v["a"], rtol=0, atol=0.1)
-    assert not torch.equal(uniform(v, at_step(space, 0), 0)["a"], uniform(v, at_step(space, 1), 0)["a"])
-    assert torch.equal(uniform(v, at_step(space, 5), 0)["a"], uniform(v, at_step(space, 5), 0)["a"])
+
+
+@pytest.mark.parametrize("beta", [2.0**-16, 0.3, 0.6, 1 - 2.0**-16])
+def test_a_random_subset_has_its_share(beta):
+    """Of a million coordinates, over pieces and a rest, as many live as chance has it, each divided by its chance."""
+    size = 4 * 2**18 + 3
+    u = random_subset(beta, seed=1)({"a": torch.ones(size)}, at_step(space_of(a=(size,)), 7))["a"]
+    live = u != 0
+    p = round(beta * 2**16) / 2**16
+    assert abs(int(live.sum()) - p * size) < 6 * math.sqrt(size * p * (1 - p)) + 1
+    torch.testing.assert_close(u[live], torch.full_like(u[live], 1 / p))
+
+
+def test_a_random_subset_is_that_of_its_step_and_seed():
+    space, v = space_of(a=(50,)), {"a": torch.ones(50)}
+    at = [random_subset(0.5, seed)(v, at_step(space, step))["a"] for seed, step in ((0, 5), (0, 5), (0, 6), (1, 5))]
+    assert torch.equal(at[0], at[1])
+    assert not torch.equal(at[0], at[2]) and not torch.equal(at[0], at[3])
+    assert torch.equal(v["a"], torch.ones(50))
+
+
+def test_a_random_subset_of_a_transposed_weight_leaves_the_weight():
+    space, t = space_of(a=(30, 20)), torch.randn(20, 30).T
+    u = random_subset(0.5, seed=0)({"a": t}, at_step(space, 0))["a"]
+    assert set((u / t).unique().tolist()) <= {0.0, 2.0}
 
 
 def trajectory(method: str, rho: float = 0.1, steps: int = 10, **options) -> tuple[nn.Module, TwoPass, list]:

@@ -63,12 +63,23 @@ def _uniform(problem: Problem, seed: int, step: int) -> Tensor:
     return flat(torch.rand(shape, generator=stream) for shape in problem.shapes)
 
 
+def _sixteen_bits(problem: Problem, seed: int, step: int) -> Tensor:
+    """A number from 0 to 65535 for each coordinate: four of them are one random 64-bit integer, the low end first."""
+    stream, found = _stream(seed, step), []
+    for shape in problem.shapes:
+        words = torch.empty(math.ceil(shape.numel() / 4), dtype=torch.int64).random_(-(2**63), None, generator=stream)
+        quarters = [[(int(word) >> shift & 0xFFFF) ^ 0x8000 for shift in (0, 16, 32, 48)] for word in words]
+        found.append(torch.tensor(sum(quarters, []))[: shape.numel()])
+    return torch.cat(found)
+
+
 def esam(problem: Problem, w: Tensor, state: dict, rho: float, *, beta: float, gamma: float, seed: int = 0) -> Tensor:
     """ESAM (arXiv 2110.03141): e = ρ M ⊙ g/(β‖g‖), then the γB samples whose loss rose most."""
     step = state["t"] = state.get("t", -1) + 1
     e = rho * _unit(problem.gradient(w))
     if beta < 1:
-        e = e * (_uniform(problem, seed, step) < beta) / beta
+        limit = round(beta * 2**16)
+        e = e * (_sixteen_bits(problem, seed, step) < limit) * 2**16 / limit
     if gamma == 1:
         return problem.gradient(w + e)
     rises = (problem.losses(w + e) - problem.losses(w)).tolist()
