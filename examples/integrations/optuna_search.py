@@ -21,7 +21,7 @@ def space(trial):
 
 def search(make_model, train, test, tokenizer, output_dir="out/search", trials=10, **training):
     """The best trial: `hyperparameters` and `objective`, the loss on `test`."""
-    args = SSAMTrainingArguments(output_dir, optim="ssam", eval_strategy="epoch", save_strategy="no", **training)
+    args = SSAMTrainingArguments(output_dir, optim="ssam", eval_strategy="epoch", **training)
     trainer = SSAMTrainer(
         args=args, train_dataset=train, eval_dataset=test, processing_class=tokenizer, model_init=make_model
     )
@@ -45,6 +45,12 @@ if __name__ == "__main__":
     train, rest = data["train"].select(range(800)), data["train"].select(range(800, 1200))
     make_model = partial(AutoModelForSequenceClassification.from_pretrained, path, num_labels=6)
     best = search(
-        lambda trial: make_model(), train, rest, tokenizer, trials=parser.parse_args().trials, num_train_epochs=1
+        lambda trial: make_model(),
+        train,
+        rest,
+        tokenizer,
+        trials=parser.parse_args().trials,
+        num_train_epochs=1,
+        save_strategy="no",
     )
     print(best.hyperparameters, best.objective)
