@@ -13,21 +13,25 @@ epochs took. A method that takes one pass a step is the same run at both budgets
 """
 
 import argparse
+import difflib
 import importlib
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
-from support.cli import UsageError, run
+from hf_ssam.run_folder import RESULTS
+from support.cli import UsageError, run, yaml_file
 from support.comparison import Outcome, Run, outcome, write_tables
 from support.comparison_plots import write_figures
 
 PLAN = "plan.yaml"
+EXAMPLE = "examples/README.md, Comparing methods, has a whole file"
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ class Plan:
     methods: dict[str, dict[str, Any]]
     seeds: list[int]
     learning_rates: list[float]
-    flags: dict[str, Any]
-    title: str
+    flags: dict[str, Any] = field(default_factory=dict)
+    title: str = "Comparison"
     metric: str = "eval_accuracy"
     budgets: tuple[str, ...] = ("epochs", "gradients")
 
@@ -84,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = asked.output_dir or Path(plan.output_dir)
         train_all(plan, folder, asked.max_runs)
     outcomes = finished(plan, folder)
-    summary = write_tables(outcomes, folder, plan.baseline, plan.title)
+    summary = write_tables(outcomes, folder, plan.baseline, plan.title, plan.metric)
     write_figures(outcomes, folder, plan.title)
     runs = len({one.run for one in outcomes})
     print(f"{summary}\nresults of {runs} runs: tables and figures are in {folder}", flush=True)
@@ -98,12 +102,9 @@ def read_plan(path: Path) -> Plan:
     """
     if not path.is_file():
         raise UsageError(f"there is no comparison {path}: run one first, as configs/comparisons/trec.yaml does")
-    values = yaml.safe_load(path.read_text())
-    known = {field.name for field in fields(Plan)}
-    try:
-        plan = Plan(**values)
-    except TypeError as error:
-        raise UsageError(f"{path} must set {', '.join(sorted(known))}, and nothing else ({error})") from error
+    values = yaml_file(path)
+    _check_keys(path, values)
+    plan = Plan(**values)
     if plan.baseline not in plan.methods:
         raise UsageError(f"{path}: the baseline {plan.baseline!r} is none of the methods {', '.join(plan.methods)}")
     if list(plan.budgets) not in (["epochs"], ["epochs", "gradients"]):
@@ -111,11 +112,31 @@ def read_plan(path: Path) -> Plan:
     return plan
 
 
+def _check_keys(path: Path, values: dict[str, Any]) -> None:
+    """Refuse a file that lacks a key, has one too many, or holds something else under one."""
+    known = {key.name: key.default is MISSING and key.default_factory is MISSING for key in fields(Plan)}
+    for key in values.keys() - known:
+        near = difflib.get_close_matches(key, known, n=1)
+        raise UsageError(f"{path} sets {key!r}, which is no key of a comparison: {_meant(near, known)}")
+    if lacking := [key for key, is_required in known.items() if is_required and key not in values]:
+        raise UsageError(f"{path} lacks {', '.join(lacking)}: {EXAMPLE}")
+    for key in ("seeds", "learning_rates"):
+        if not isinstance(values[key], list) or not values[key]:
+            raise UsageError(f"{path}: {key} is {values[key]!r}, which is no list: write {key}: [FIRST, SECOND]")
+    methods = values["methods"]
+    if not isinstance(methods, dict) or not all(isinstance(flags, dict) for flags in methods.values()):
+        raise UsageError(f"{path}: methods must hold lines such as `sam: {{optim: sam, rho: 0.05}}`; {EXAMPLE}")
+
+
+def _meant(near: list[str], known: Iterable[str]) -> str:
+    return f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
+
+
 def train_all(plan: Plan, folder: Path, max_runs: int | None) -> None:
     """Train every run of `plan` whose results are not in `folder` yet."""
+    script = _script(plan.script)
     folder.mkdir(parents=True, exist_ok=True)
     _keep_plan(plan, folder / PLAN)
-    script = importlib.import_module(plan.script)
     missing = [one for one in plan.runs() if outcome(folder / one.folder, one, plan.metric) is None]
     for number, one in enumerate(missing[:max_runs], start=1):
         steps = _steps(one, plan, folder)
@@ -125,6 +146,17 @@ def train_all(plan: Plan, folder: Path, max_runs: int | None) -> None:
         script.main(_command(one, plan, folder / one.folder, steps))
         for weights in (folder / one.folder).glob("*.safetensors"):
             weights.unlink()
+
+
+def _script(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise UsageError(
+            f"script: there is no examples/{name}.py: give a name such as run_text_classification"
+        ) from error
 
 
 def finished(plan: Plan, folder: Path) -> list[Outcome]:
@@ -157,13 +189,23 @@ def _command(one: Run, plan: Plan, place: Path, steps: int | None) -> list[str]:
         chosen["resume_from_checkpoint"] = "true"
     else:
         shutil.rmtree(place, ignore_errors=True)
-    return [plan.config, *(word for name, value in chosen.items() for word in (f"--{name}", str(value)))]
+    return [plan.config, *(word for name, value in chosen.items() for word in (f"--{name}", *_words(value)))]
+
+
+def _words(value: Any) -> list[str]:
+    """A flag's value as a command line has it."""
+    return [str(each) for each in value] if isinstance(value, list) else [str(value)]
+
+
+def _has_runs(folder: Path) -> bool:
+    """Whether a run finished in `folder`, or left a checkpoint that would be taken up."""
+    return any(next(folder.glob(f"*/*/{name}"), None) for name in (RESULTS, "checkpoint-*"))
 
 
 def _keep_plan(plan: Plan, path: Path) -> None:
     """Write down what is compared, for `plot`; seeds, rates and methods may be added, but none may change."""
     new = {**asdict(plan), "budgets": list(plan.budgets)}
-    if path.is_file():
+    if path.is_file() and _has_runs(path.parent):
         old = yaml.safe_load(path.read_text())
         changed = [key for key in ("script", "config", "flags", "metric") if old[key] != new[key]]
         changed += [name for name in old["methods"] if old["methods"][name] != new["methods"].get(name)]

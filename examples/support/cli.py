@@ -36,6 +36,15 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """The description as it is written, and defaults behind the flags."""
 
 
+class Words(yaml.SafeLoader):
+    """YAML whose only truth values are ``true`` and ``false``: ``no`` is a word, as in ``eval_strategy: no``."""
+
+    yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:bool" or first in "tTfF"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 class ExampleParser(HfArgumentParser):
     """`HfArgumentParser` with a YAML file as the first argument (or ``--config``) whose values flags override.
 
@@ -101,7 +110,7 @@ class ExampleParser(HfArgumentParser):
 
     def _read(self, path: Path) -> None:
         """Make the values in the file at `path` the defaults of the flags."""
-        for name, value in _mapping(path).items():
+        for name, value in yaml_file(path).items():
             actions = [action for action in self._actions if action.dest == name]
             if not actions:
                 raise UsageError(f"{path} sets {name!r}, which is not a flag{self._nearest(name)}")
@@ -148,11 +157,16 @@ def _config_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _mapping(path: Path) -> dict[str, Any]:
+def yaml_file(path: Path) -> dict[str, Any]:
+    """The keys and values in the file at `path`.
+
+    Raises:
+        UsageError: there is no such file, or it holds something else.
+    """
     if not path.is_file():
         raise UsageError(f"there is no configuration file {path}")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.load(path.read_text(), Words) or {}
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -162,5 +176,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 def _as_typed(action: argparse.Action, value: Any) -> Any:
     """`value` as argparse would have it: it converts a default that is a string, as it does a flag."""
+    if action.nargs in ("+", "*") and value is not None and not isinstance(value, list):
+        return [value]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return str(value) if is_number and action.type is not None else value

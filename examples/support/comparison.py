@@ -11,6 +11,8 @@ from scipy import stats
 
 from hf_ssam.run_folder import RESULTS, TRAINER_STATE, read_run
 
+from .cli import UsageError
+
 BUDGETS = {"epochs": "equal epochs", "gradients": "equal numbers of gradients"}
 
 
@@ -60,11 +62,18 @@ class Outcome:
 
 
 def outcome(folder: Path, run: Run, metric: str) -> Outcome | None:
-    """The outcome in `folder`, or None where the run did not finish; it writes its results last."""
+    """The outcome in `folder`, or None where the run did not finish; it writes its results last.
+
+    Raises:
+        UsageError: it finished without `metric`.
+    """
     if not (folder / RESULTS).is_file() or not (folder / TRAINER_STATE).is_file():
         return None
     found = read_run(folder)
     results, log, steps = found.results, found.log, found.steps
+    if metric not in results:
+        found = ", ".join(name for name in results if name.startswith("eval_"))
+        raise UsageError(f"metric: {metric} was not measured in {folder}, which has {found}: set one of these")
     counted = [(0, 0.0), *((e["step"], e["ssam/total_passes"]) for e in log if "ssam/total_passes" in e)]
     if len(counted) == 1:
         counted.append((steps, float(steps)))  # a stock optimizer takes one pass a step
@@ -97,7 +106,7 @@ def against(scores: dict[int, float], baseline: dict[int, float]) -> tuple[float
     return float(differences.mean()), float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
-def write_tables(outcomes: list[Outcome], folder: Path, baseline: str, title: str) -> str:
+def write_tables(outcomes: list[Outcome], folder: Path, baseline: str, title: str, metric: str) -> str:
     """Write ``results.csv``, a row for each run, and ``results.md``, whose text is returned."""
     rows = [
         {**vars(o.run), "score": o.score, "steps": o.steps, "passes": o.passes, "seconds": o.seconds} for o in outcomes
@@ -106,7 +115,7 @@ def write_tables(outcomes: list[Outcome], folder: Path, baseline: str, title: st
     pd.DataFrame(rows, columns=columns).to_csv(folder / "results.csv", index=False)
     cells = sorted({(o.run.budget, o.run.learning_rate) for o in outcomes}, key=lambda cell: cell)
     parts = [_table([o for o in outcomes if (o.run.budget, o.run.learning_rate) == cell], baseline) for cell in cells]
-    text = f"# {title}\n\n" + "\n".join(parts)
+    text = f"# {title}\n\nCompared is `{metric}` at the end of each run.\n\n" + "\n".join(parts)
     (folder / "results.md").write_text(text)
     return text
 

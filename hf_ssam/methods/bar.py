@@ -103,6 +103,7 @@ NBAR = Method(
     nbar,
     rho=0.5,
     paper=PAPER,
+    when="LoRA at the price of LoRA: SAM's bias to balanced factors, without its passes.",
     passes="1",
     renormalizes=False,
 )
@@ -113,6 +114,7 @@ OBAR = Method(
     obar,
     rho=0.5,
     paper=PAPER,
+    when="As `nbar`, where the gradients of the factors are too noisy to choose by.",
     passes="1",
     renormalizes=False,
 )

@@ -165,6 +165,7 @@ METHOD = Method(
     bi_lora,
     rho=0.05,
     paper=PAPER,
+    when="LoRA on language models: SAM's effect on the merged weight in one pass.",
     options={
         "r": Option(8, "r₂: rank of the second adapter (the paper's)", 1),
         "lr_ratio": Option(1.0, "η₂/η₁: its learning rate in units of the run's (the paper's)", 0.0, above=True),

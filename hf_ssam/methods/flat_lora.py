@@ -126,6 +126,7 @@ METHOD = Method(
     flat_lora,
     rho=0.05,
     paper=PAPER,
+    when="LoRA on language models, also on a 4-bit base: one pass, and nothing kept but a seed.",
     options={
         "growing": Option(True, "σ grows by ½(1 − cos πt/T) over the run, as in the paper; false: it is constant"),
         "seed": SEED,

@@ -34,4 +34,5 @@ METHOD = Method(
     functional_sam,
     rho=0.05,
     paper=PAPER,
+    when="Language models trained in full, where SAM lowers the logits instead of the sharpness.",
 )

@@ -49,6 +49,7 @@ METHOD = Method(
     stale_sam,
     rho=0.05,
     paper=PAPER,
+    when="Any model, when one pass a step is all there is and batches are alike.",
     passes="1",
     renormalizes=False,
     experimental="the papers' algorithms were read where others restate them, not at their source",

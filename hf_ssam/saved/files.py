@@ -56,7 +56,8 @@ def read_file(path: Path) -> Dataset:
         reason = " ".join(str(error.__cause__ or error).split())
         if "corresponds to no data" in reason:  # a table with a head and no rows
             raise empty from error
-        raise UsageError(f"{path} could not be read as {reader} ({reason})") from error
+        way = ": save it as UTF-8" if "'utf-8' codec" in reason else ""
+        raise UsageError(f"{path} could not be read as {reader} ({reason}){way}") from error
 
 
 def read_folder(place: Path, least: int) -> Dataset:

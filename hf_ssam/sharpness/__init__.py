@@ -14,7 +14,7 @@ All are matrix-free, take the dictionaries that a collator makes, and leave the 
 try:
     import scipy  # noqa: F401
 except ImportError as error:
-    raise ImportError("hf_ssam.sharpness needs scipy: pip install 'hf-ssam[sharpness]'") from error
+    raise ImportError("hf_ssam.sharpness needs scipy: pip install scipy") from error
 
 from .ascent_gap import AscentSharpness, ascent_sharpness
 from .edges import Edges, edge_of_stability

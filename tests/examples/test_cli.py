@@ -34,6 +34,15 @@ def test_a_value_in_the_file_is_read_as_the_flag_would_be(config):
     assert args.eval_on_start is True and args.bf16 is False
 
 
+def test_file_reads_no_as_a_word_and_a_single_value_as_a_list(config):
+    from support.text_data import TextArguments
+
+    path = config("text_column_names: article\neval_strategy: no\nbf16: no\ndo_train: yes\noutput_dir: on\n")
+    data, args = ExampleParser([TextArguments, SSAMTrainingArguments], description="").parse([str(path)])
+    assert data.text_column_names == ["article"]
+    assert (args.eval_strategy, args.bf16, args.do_train, args.output_dir) == ("no", False, True, "on")
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [

@@ -114,12 +114,47 @@ def test_a_comparison_is_not_mixed_with_another(sweep, fake_script):
     [
         ({"baseline": "none"}, "the baseline 'none' is none of the methods"),
         ({"budgets": ["gradients"]}, "budgets are"),
-        ({"seed": 1}, "must set .* and nothing else"),
+        ({"seed": 1}, "sets 'seed', which is no key of a comparison: did you mean seeds"),
+        ({"seeds": 3}, r"seeds is 3, which is no list: write seeds: \["),
+        ({"methods": {"plain": "sgd"}}, "methods must hold lines such as `sam:"),
+        ({"script": "no_such_script"}, "there is no examples/no_such_script.py"),
     ],
 )
 def test_a_plan_that_cannot_work(sweep, changed, says):
     with pytest.raises(UsageError, match=says):
         sweep(**changed)
+
+
+def test_comparison_names_the_keys_that_its_file_lacks(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text("script: run_text_classification\nconfig: x.yaml\nbaseline: a\nmethods: {}\nseeds: [1]\n")
+    with pytest.raises(UsageError, match="lacks output_dir, learning_rates: examples/README.md"):
+        compare_methods.read_plan(path)
+
+
+def test_comparison_reads_no_as_a_word_and_hands_lists_on(sweep, fake_script, tmp_path):
+    text = yaml.safe_dump({**PLAN, "output_dir": str(tmp_path / "out")})
+    text = text.replace("num_train_epochs: 2", "{eval_strategy: no, text_column_names: [a, b]}".strip("{}"), 1)
+    (tmp_path / "plan.yaml").write_text(text.replace("eval_strategy: no, text", "eval_strategy: no\n  text"))
+    plan = compare_methods.read_plan(tmp_path / "plan.yaml")
+    assert plan.flags == {"eval_strategy": "no", "text_column_names": ["a", "b"]}
+    words = compare_methods._command(next(plan.runs()), plan, tmp_path / "none", None)
+    assert words[1:6] == ["--eval_strategy", "no", "--text_column_names", "a", "b"]
+
+
+def test_comparison_may_change_as_long_as_no_run_is_there(sweep, fake_script):
+    fake_script.dies_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        sweep()
+    fake_script.dies_at = None
+    folder = sweep(flags={"num_train_epochs": 3})
+    assert yaml.safe_load((folder / "plan.yaml").read_text())["flags"] == {"num_train_epochs": 3}
+
+
+def test_comparison_says_what_it_compares(sweep, fake_script):
+    assert "Compared is `eval_accuracy`" in (sweep() / "results.md").read_text()
+    with pytest.raises(UsageError, match="metric: eval_f1 was not measured in .*, which has eval_accuracy: set"):
+        outcome(sweep() / "epochs/plain-lr0.1-seed1", Run("plain", 0.1, 1, "epochs"), "eval_f1")
 
 
 def test_an_outcome_is_read_from_the_run(tmp_path):
@@ -145,7 +180,7 @@ def test_intervals_and_paired_differences():
 
 def test_the_table_has_as_many_cells_in_each_row(tmp_path):
     made = [Outcome(Run(m, 0.1, s, "epochs"), 0.5 + 0.1 * s, 4, 4.0, 1.0, ((4.0, 0.5),)) for m in "ab" for s in (1, 2)]
-    lines = comparison.write_tables(made, tmp_path, "a", "T").splitlines()
+    lines = comparison.write_tables(made, tmp_path, "a", "T", "eval_accuracy").splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert len(rows) == 4 and {row.count("|") for row in rows} == {9}
 

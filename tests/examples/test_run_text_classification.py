@@ -278,10 +278,11 @@ def test_data_that_cannot_work_is_one_sentence(main, csv, train, test, argv, sen
         ("train.doc", "text", "train.doc is of no known kind: give a file that ends in .csv, .tsv, .json, .jsonl"),
         ("train.json", "{not json", "train.json could not be read as json"),
         ("train.csv", 'text,label\na,b,c\n"', "train.csv could not be read as csv"),
+        ("train.csv", "text,label\ncaf\xe9,a\n".encode("latin-1"), ": save it as UTF-8"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_sentence(main, tmp_path, name, content, sentence):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UsageError) as error:
         main("--train_file", tmp_path / name)
     assert sentence in str(error.value) and "\n" not in str(error.value)
