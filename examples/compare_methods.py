@@ -26,6 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from support.cli import UsageError, run
 from support.comparison import Outcome, Run, outcome, write_tables
 from support.comparison_plots import write_figures
+from support.sweep import sweep
 
 PLAN = "plan.yaml"
 
@@ -116,15 +117,19 @@ def train_all(plan: Plan, folder: Path, max_runs: int | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _keep_plan(plan, folder / PLAN)
     script = importlib.import_module(plan.script)
-    missing = [one for one in plan.runs() if outcome(folder / one.folder, one, plan.metric) is None]
-    for number, one in enumerate(missing[:max_runs], start=1):
+
+    def is_done(one: Run) -> bool:
+        return outcome(folder / one.folder, one, plan.metric) is not None
+
+    def train(one: Run) -> None:
         steps = _steps(one, plan, folder)
         if steps == 0:
-            continue
-        print(f"run {number} of {len(missing)}: {one.folder}", flush=True)
+            return
         script.main(_command(one, plan, folder / one.folder, steps))
         for weights in (folder / one.folder).glob("*.safetensors"):
             weights.unlink()
+
+    sweep(list(plan.runs()), is_done, train, max_runs, label=lambda one: one.folder)
 
 
 def finished(plan: Plan, folder: Path) -> list[Outcome]:

@@ -43,7 +43,7 @@ from hf_ssam.sharpness import (
 )
 from support import resident
 from support.cli import run
-from support.probes import Subject, load_all
+from support.probes import Subject, add_data_flags, load_all
 
 Row = dict[str, Any]
 
@@ -179,16 +179,7 @@ def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a folder or a name on the Hub")
     parser.add_argument("--measures", nargs="+", choices=list(MEASURES), default=list(MEASURES))
-    other = parser.add_mutually_exclusive_group()
-    other.add_argument("--data", help="a file (.csv, .json …), or a folder of images by class, to measure on instead")
-    other.add_argument("--dataset_name", help="the same, on the Hub, or a folder of `save_to_disk`")
-    parser.add_argument("--split", help="of a data set that has several; train if not given")
-    parser.add_argument("--text_column", nargs="+", help="the run's, or text; two for pairs")
-    parser.add_argument("--image_column", help="the run's, or image")
-    parser.add_argument("--label_column", help="the run's, or label")
-    parser.add_argument("--rows", type=int, default=32, help="rows of the probe")
-    parser.add_argument("--batch_size", type=int, default=4, help="smaller ones need less memory, same numbers")
-    parser.add_argument("--max_length", type=int, default=128)
+    add_data_flags(parser, rows=32, batch_size=4)
     parser.add_argument(
         "--parameters", nargs="*", default=[None], help="patterns of weight names, a row of the table each"
     )
