@@ -86,7 +86,12 @@ def training_arguments(settings: dict[str, Any], output_dir: str) -> SSAMTrainin
         base = {"optim": given["base_optim"], "optim_args": given.get("base_optim_args")}
         given = {key: value for key, value in given.items() if key not in OURS} | base
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
-    own = {"max_grad_norm": 0.0, "logging_strategy": "epoch", "dataloader_pin_memory": False}
+    own = {
+        "max_grad_norm": 0.0,
+        "logging_strategy": "epoch",
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+    }
     return SSAMTrainingArguments(output_dir=output_dir, **{**quiet, **own, **given})
 
 
