@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from hf_ssam import METHODS, SSAMTrainer, SSAMTrainingArguments
+from hf_ssam import SSAMTrainer, SSAMTrainingArguments
 from hf_ssam.trainer.training_args import SSAMArgumentsMixin
 
 from . import offline
@@ -85,7 +85,7 @@ def training_arguments(settings: dict[str, Any], output_dir: str) -> SSAMTrainin
     tells one method's step from another's.
     """
     given = {key: value for key, value in settings.items() if key in KNOWN}
-    if given.get("optim") not in METHODS:
+    if "optim" not in given:
         base = {"optim": given["base_optim"], "optim_args": given.get("base_optim_args")}
         given = {key: value for key, value in given.items() if key not in OURS} | base
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}

@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
+from tqdm.auto import tqdm
 
 from .cli import UsageError
 from .sweep import sweep
@@ -195,11 +196,18 @@ class RowFile:
 
 
 def run_all(plan: StudyPlan, rows: RowFile, measure: Callable[[Settings], Row], max_runs: int | None = None) -> None:
-    """Run what is missing, block by block; the arms of a block are tuned before it."""
+    """Run what is missing, block by block; the arms of a block are tuned before it.
+
+    A run that fails is said and left out, and the next one begins: the others are worth having without it.
+    """
 
     def run(cell: Cell) -> None:
         begun = time.process_time()
-        measured = measure({**cell.settings, "arm": cell.arm})
+        try:
+            measured = measure({**cell.settings, "arm": cell.arm})
+        except Exception as error:
+            tqdm.write(f"{cell.name()} failed and is left out: {type(error).__name__}: {error}")
+            return
         rows.append(cell, {**measured, "cpu_seconds": round(time.process_time() - begun, 2)})
 
     left = max_runs

@@ -16,7 +16,7 @@ import run_study
 from studies import label_noise, learning_rates, saddles, stability, tasks
 from support import calibration, robustness
 from support.descent import Point, descent
-from support.pictures import Pictures, relabelled
+from support.pictures import Pictures, relabelled, training_arguments
 from support.results_page import CONFIGS
 from support.study import read_plan
 
@@ -57,17 +57,10 @@ def test_saddle_holds_a_normalised_ascent(method):
 
 @pytest.mark.parametrize("rho", [0.05, 0.2, 0.5])
 def test_learning_rate_limits_of_a_quadratic_are_the_closed_forms(rho):
-    settings = {
-        "problem": "quadratic",
-        "first_rate": 0.1,
-        "last_rate": 1.0,
-        "factor": 1.02,
-        "steps": 150,
-        "trained": 1e-2,
-    }
+    settings = {"problem": "quadratic", "last_rate": 1.0, "factor": 1.02, "steps": 150, "trained": 1e-2}
     for arm in ({}, {"method": "usam"}, {"method": "ssam", "normalize": False}):
-        found = learning_rates.measure({**settings, **arm, "rho": rho, "seed": 0})
         limit = learning_rates.closed_form(arm, rho, learning_rates.LAMBDA)
+        found = learning_rates.measure({**settings, **arm, "rho": rho, "seed": 0, "first_rate": 0.93 * limit})
         assert found["largest_rate"] < limit < found["first_that_fails"] * 1.02
         assert found["first_that_fails"] == pytest.approx(limit, rel=0.04)
 
@@ -124,6 +117,14 @@ def test_labels_are_replaced_at_the_rate_asked_for():
     assert wrong.double().mean().item() == pytest.approx(0.36, abs=0.012)  # 3.5 standard deviations
     assert torch.equal(relabelled(clean, 0.0, seed=1).labels, clean.labels)
     assert torch.equal(relabelled(clean, 0.4, seed=1).labels, relabelled(clean, 0.4, seed=1).labels)
+
+
+def test_an_arm_whose_method_there_is_not_is_refused_and_does_not_train_as_the_baseline():
+    settings = {"base_optim": "sgd", "num_train_epochs": 1}
+    assert training_arguments(settings, "out").optim == "sgd"
+    assert training_arguments({**settings, "optim": "ssam", "rho": 0.3}, "out").rho == 0.3
+    with pytest.raises(ValueError, match="no_such_sam"):
+        training_arguments({**settings, "optim": "no_such_sam"}, "out")
 
 
 def test_stopping_early_reads_the_test_score_where_the_held_out_one_peaked_first():

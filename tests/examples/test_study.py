@@ -40,7 +40,7 @@ PLAN = {
 def study(tmp_path):
     """The plan, its rows and a measure that trains nothing: the best of a grid is lr 0.2, and rho 0.5."""
     path = tmp_path / "plan.yaml"
-    path.write_text(yaml.safe_dump(PLAN))
+    path.write_text(yaml.safe_dump(PLAN, sort_keys=False))
     seen = []
 
     def measure(settings):
@@ -86,6 +86,21 @@ def test_a_study_that_was_killed_goes_on_and_repeats_nothing(study):
     assert len(seen) == 11
 
 
+def test_a_run_that_fails_is_said_and_the_others_go_on(study, capsys):
+    plan, rows, measure, seen = study
+
+    def fails_at_sam(settings):
+        if settings["arm"] == "sam" and settings["part"] == "report":
+            raise ValueError("no such method")
+        return measure(settings)
+
+    run_all(plan, rows, fails_at_sam)
+    assert [row.arm for row in rows.read().itertuples() if row.phase == "report"] == ["plain", "plain", "late", "late"]
+    assert "report sam, seed 1 failed and is left out: ValueError: no such method" in capsys.readouterr().out
+    run_all(plan, rows, measure)
+    assert len(seen) == len(rows.read()) == 11
+
+
 def test_a_report_has_the_plans_runs_alone_with_their_settings_as_columns(study):
     plan, rows, measure, _ = study
     run_all(plan, rows, measure)
@@ -112,7 +127,7 @@ def test_the_short_form_changes_settings_and_blocks(study):
 )
 def test_a_plan_that_cannot_work_is_refused(tmp_path, changed, says):
     path = tmp_path / "plan.yaml"
-    path.write_text(yaml.safe_dump({**PLAN, **changed}))
+    path.write_text(yaml.safe_dump({**PLAN, **changed}, sort_keys=False))
     with pytest.raises(UsageError, match=says):
         read_plan(path)
 
@@ -124,7 +139,7 @@ def test_the_command_runs_and_shows(tmp_path, monkeypatch, capsys):
     module.figures = lambda rows, plan, folder: (folder / "drawn.png").touch()
     monkeypatch.setitem(sys.modules, "studies.a_fake_study", module)
     path = tmp_path / "plan.yaml"
-    path.write_text(yaml.safe_dump(PLAN))
+    path.write_text(yaml.safe_dump(PLAN, sort_keys=False))
     with pytest.raises(UsageError, match="has no runs of .*: run it first"):
         run_study.main(["show", str(path), "--output_dir", str(tmp_path / "out")])
     text = run_study.main(["run", str(path), "--fast", "--output_dir", str(tmp_path / "out")])
