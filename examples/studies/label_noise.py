@@ -13,6 +13,7 @@ the test images.
 """
 
 import json
+import math
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def learnt_by_heart(model: torch.nn.Module, train: Pictures, clean: torch.Tensor
     return {name: float(some.double().mean()) for name, some in shares.items() if len(some)}
 
 
-MAIN = {"SGD": "SGD", "SGD, twice the epochs": "SGD, as many passes", "SAM": "SAM", "SSAM": "SSAM"}
+MAIN = ("SGD", "SGD, twice the epochs", "SAM", "SSAM")
 ACCURACY = (
     Column("best look", "best_look", ".3f"),
     Column("wrong labels learnt", "learnt_wrong", ".0%"),
@@ -124,22 +125,26 @@ def stopped(held_out_curve: str, test_curve: str) -> float:
 
 def figures(rows: pd.DataFrame, plan: StudyPlan, folder: Path) -> None:
     """`label_noise.png`: accuracy against the share of wrong labels, and over the epochs at the first share run."""
-    shown = rows[rows["arm"].isin(MAIN)]
-    by_noise, by_epoch = canvas(1, 2, (5.6, 4.2))
-    for number, (arm, label) in enumerate(MAIN.items()):
-        own = shown[shown["arm"] == arm]
-        if own.empty:
-            continue
-        drawn = Drawn(label, number)
-        drawn.over(by_noise, own["noise"] * 100, own["test_accuracy"] * 100)
-        first = own[own["noise"] == rows["noise"].iloc[0]]
-        curves = [
-            (np.linspace(0, 100, len(c) + 1)[1:], 100 * np.array(c)) for c in map(json.loads, first["test_curve"])
-        ]
-        drawn.curves(by_epoch, curves)
-    share = f"{rows['noise'].iloc[0]:.0%}"
-    dress(by_noise, "After the last epoch", "training labels that are random, %", "correct on clean test images, %")
-    dress(by_epoch, f"While training, {share} of the labels random", "training done, %", "", legend=False)
-    by_noise.legend(frameon=False, loc="lower left")
-    by_noise.figure.suptitle("Wrong labels: SGD learns them by heart, SAM and SSAM much less")
-    save(by_noise, folder / "label_noise.png")
+    share, shares = rows["noise"].iloc[0], sorted(rows["noise"].unique())
+    axes = canvas(1, 1 + (len(shares) > 1), (6.4, 4.2))
+    for number, arm in enumerate(MAIN):
+        own = rows[rows["arm"] == arm]
+        curves = [curve(run) for _, run in own[own["noise"] == share].iterrows()]
+        if curves:
+            Drawn(arm, number).curves(axes[0], curves)
+        if len(axes) > 1 and len(own):
+            Drawn(arm, number).over(axes[1], own["noise"] * 100, own["test_accuracy"] * 100)
+    said = "correct on clean test images, %"
+    dress(axes[0], f"While training, {share:.0%} of the labels random", "cost: passes over the training set", said)
+    if len(axes) > 1:
+        dress(axes[1], "After the last epoch", "training labels that are random, %", said, legend=False)
+        axes[1].set_xticks([100 * one for one in shares])
+    axes[0].figure.suptitle("Wrong labels: SGD learns them by heart, SAM and SSAM learn far fewer")
+    save(axes[0], folder / "label_noise.png")
+
+
+def curve(run: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """Test accuracy in % at each look, against the forward-backward passes over the training set before it."""
+    scores = np.array(json.loads(run["test_curve"]))
+    epochs = run["passes"] / math.ceil(run["images"] / run["per_device_train_batch_size"])
+    return np.linspace(0, epochs, len(scores) + 1)[1:], 100 * scores

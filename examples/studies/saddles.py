@@ -44,12 +44,17 @@ def tables(rows: pd.DataFrame, plan: StudyPlan) -> str:
     most = rows["most_steps"].iloc[0]
     head = ["steps until it has left", *(f"ρ = {rho:g}" for rho in wide.columns)]
     lines = [head, ["---"] * len(head)]
-    lines += [
-        [arm, *(f"{n:.0f}" if math.isfinite(n) else f"not in {most:,}" for n in own)] for arm, own in wide.T.items()
-    ]
+    lines += [[arm, *(written(n, most) for n in own)] for arm, own in wide.T.items()]
     closed = [usam_steps(plan.settings["learning_rate"], rho) for rho in wide.columns]
     lines.append(["*USAM, closed form*", *(f"*{n:.0f}*" if math.isfinite(n) else "*never*" for n in closed)])
     return markdown(lines)
+
+
+def written(steps: float, most: int) -> str:
+    """A number of steps in print; a dash where it was not run."""
+    if math.isnan(steps):
+        return "–"
+    return f"{steps:.0f}" if math.isfinite(steps) else f"not in {most:,}"
 
 
 def figures(rows: pd.DataFrame, plan: StudyPlan, folder: Path) -> None:
