@@ -69,8 +69,9 @@ def figures(rows: pd.DataFrame, plan: StudyPlan, folder: Path) -> None:
         places = [radii.index(rho) + shift for rho in own["rho"]]
         ax.plot(places, steps, label=arm, marker="o", **look(number))
     ax.axhspan(most * 0.8, most * 1.25, color="grey", alpha=0.2, linewidth=0)
-    ax.text(0, most, f"still there after {most:,} steps", va="center", fontsize="small")
+    ax.text(len(radii) / 2 - 0.5, most * 1.3, f"still there after {most:,} steps", ha="center", fontsize="small")
     ax.set_yscale("log")
+    ax.set_ylim(None, most * 2.5)
     ax.set_xticks(range(len(radii)), [f"{rho:g}" for rho in radii])
     dress(ax, "Leaving the saddle of x² − y²", "radius ρ", "steps until |y| > 1")
     ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
