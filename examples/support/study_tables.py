@@ -36,10 +36,17 @@ def compared(rows: pd.DataFrame, baseline: str, tested: str, columns: Sequence[C
         mean, half = interval(own[tested])
         difference, p = against(by_seed(own, tested), plain)
         is_compared = arm != baseline and not math.isnan(difference)
-        cells = [str(arm), str(len(own)), format(mean, form) + ("" if math.isinf(half) else f" ± {half:{form}}")]
+        cells = [str(arm), str(len(own)), with_interval(mean, half, form)]
         cells += [f"{difference:+{form}}" if is_compared else "", probability(p) if is_compared else ""]
         lines.append(cells + [column.of(own) for column in columns])
     return markdown(lines)
+
+
+def with_interval(mean: float, half: float, form: str) -> str:
+    """A mean and half of its interval, which one run does not have; in words where a run's figure is not finite."""
+    if math.isnan(mean):
+        return "not finite: diverged"
+    return format(mean, form) + ("" if math.isinf(half) else f" ± {half:{form}}")
 
 
 def by_seed(rows: pd.DataFrame, name: str) -> dict[int, float]:

@@ -15,7 +15,7 @@ import run_study
 from support import results_page
 from support.cli import UsageError
 from support.study import RowFile, read_plan, run_all
-from support.study_tables import Column, compared
+from support.study_tables import Column, compared, with_interval
 
 PLAN = {
     "title": "A test",
@@ -157,6 +157,8 @@ def test_the_table_has_means_intervals_and_paired_tests():
     assert lines[2] == "| a | 3 | 0.600 ± 0.248 |  |  | 1.0 |"  # t(0.975; 2) = 4.3027, over √3, × 0.1
     assert lines[3] == "| b | 3 | 0.733 ± 0.379 | +0.133 | 0.057 | – |"  # t = 4: p = 0.0572
     assert len({line.count("|") for line in lines}) == 1
+    assert with_interval(math.nan, math.nan, ".3f") == "not finite: diverged"
+    assert with_interval(0.5, math.inf, ".3f") == "0.500"
 
 
 def test_a_page_takes_the_tables_between_its_marks():
