@@ -14,7 +14,8 @@ A run trains if its last loss is finite and below `trained` times the best that 
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import islice
+from itertools import accumulate, islice, repeat, takewhile
+from operator import mul
 from pathlib import Path
 
 import pandas as pd
@@ -34,11 +35,14 @@ LAMBDA = max(CURVATURES)
 
 
 def measure(settings: Settings) -> Row:
-    """The largest learning rate that trains, and what the closed form says."""
-    rate, factor = settings["first_rate"], settings["factor"]
+    """The largest learning rate that trains, and the next one; rates too small to get there in time are passed over."""
+    rates = accumulate(repeat(settings["factor"]), mul, initial=settings["first_rate"])
     trained = math.nan
-    while rate < settings["last_rate"] and trains(settings, rate):
-        trained, rate = rate, rate * factor
+    for rate in takewhile(lambda rate: rate < settings["last_rate"], rates):
+        if trains(settings, rate):
+            trained = rate
+        elif not math.isnan(trained):
+            break
     return {"largest_rate": trained, "first_that_fails": rate}
 
 
@@ -96,10 +100,11 @@ def tables(rows: pd.DataFrame, plan: StudyPlan) -> str:
         lines = [["", "ρ", "n", "largest rate that trains", "× that of GD", "closed form, × GD"], ["---"] * 6]
         for (arm, rho), own in here.groupby(["arm", "rho"], sort=False):
             mean, half = interval(own["largest_rate"])
-            spread = "" if math.isinf(half) or half == 0 else f" ± {half:.2g}"
+            found = "none" if math.isnan(mean) else f"{mean:.3g}"
+            spread = f" ± {half:.2g}" if 0 < half < math.inf else ""
             ratio, predicted = ratios(here, plan, own)
             form = "–" if math.isnan(predicted) else f"{predicted:.2f}"
-            lines.append([arm, f"{rho:g}", len(own), f"{mean:.3g}{spread}", f"{ratio:.2f}", form])
+            lines.append([arm, f"{rho:g}", len(own), f"{found}{spread}", f"{ratio:.2f}", form])
         step = here["factor"].iloc[0]
         parts += [f"**{TITLES[problem]}**; the rate rises in steps of {step:g}\n", markdown(lines)]
     return "\n".join(parts)

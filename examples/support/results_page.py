@@ -4,7 +4,10 @@ import importlib
 import re
 from pathlib import Path
 
+import pandas as pd
+
 from .study import RowFile, read_plan
+from .summary_figure import write_summary
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "studies"
@@ -17,8 +20,8 @@ def write_page() -> str:
     """Make the tables of the guide and all figures anew; returns the page."""
     for name in committed():
         plan = read_plan(CONFIGS / f"{name}.yaml")
-        rows = plan.reported(RowFile(ROWS / f"{name}.csv").read())
-        importlib.import_module(f"studies.{plan.study}").figures(rows, plan, FIGURES)
+        importlib.import_module(f"studies.{plan.study}").figures(reported(name), plan, FIGURES)
+    write_summary(reported, FIGURES / "when_it_pays.png")
     text = filled(PAGE.read_text(), {name: table(name) for name in committed()})
     PAGE.write_text(text)
     return text
@@ -32,8 +35,12 @@ def committed() -> list[str]:
 def table(name: str) -> str:
     """The tables of a study, from the rows beside the guide."""
     plan = read_plan(CONFIGS / f"{name}.yaml")
-    rows = plan.reported(RowFile(ROWS / f"{name}.csv").read())
-    return importlib.import_module(f"studies.{plan.study}").tables(rows, plan)
+    return importlib.import_module(f"studies.{plan.study}").tables(reported(name), plan)
+
+
+def reported(name: str) -> pd.DataFrame:
+    """The runs of a study that are beside the guide."""
+    return read_plan(CONFIGS / f"{name}.yaml").reported(RowFile(ROWS / f"{name}.csv").read())
 
 
 def filled(page: str, tables: dict[str, str]) -> str:

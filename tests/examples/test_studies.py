@@ -65,6 +65,12 @@ def test_learning_rate_limits_of_a_quadratic_are_the_closed_forms(rho):
         assert found["first_that_fails"] == pytest.approx(limit, rel=0.04)
 
 
+def test_learning_rates_that_are_too_slow_are_passed_over():
+    settings = {"problem": "quadratic", "last_rate": 1.0, "factor": 1.05, "steps": 20, "trained": 1e-2, "seed": 0}
+    found = learning_rates.measure({**settings, "rho": 0.0, "first_rate": 0.005})
+    assert found["largest_rate"] < 0.5 < found["first_that_fails"] * 1.05 and found["largest_rate"] > 0.4
+
+
 def test_learning_rate_closed_forms():
     assert learning_rates.closed_form({"method": "usam"}, 0.3, 4.0) == pytest.approx(0.22727, abs=1e-5)
     assert learning_rates.closed_form({"method": "ssam", "normalize": False}, 0.3, 4.0) == 0.5
