@@ -29,6 +29,7 @@ from hf_ssam.run_folder import RESULTS
 from support.cli import UsageError, run, yaml_file
 from support.comparison import Outcome, Run, outcome, write_tables
 from support.comparison_plots import write_figures
+from support.sweep import sweep
 
 PLAN = "plan.yaml"
 EXAMPLE = "examples/README.md, Comparing methods, has a whole file"
@@ -137,15 +138,19 @@ def train_all(plan: Plan, folder: Path, max_runs: int | None) -> None:
     script = _script(plan.script)
     folder.mkdir(parents=True, exist_ok=True)
     _keep_plan(plan, folder / PLAN)
-    missing = [one for one in plan.runs() if outcome(folder / one.folder, one, plan.metric) is None]
-    for number, one in enumerate(missing[:max_runs], start=1):
+
+    def is_done(one: Run) -> bool:
+        return outcome(folder / one.folder, one, plan.metric) is not None
+
+    def train(one: Run) -> None:
         steps = _steps(one, plan, folder)
         if steps == 0:
-            continue
-        print(f"run {number} of {len(missing)}: {one.folder}", flush=True)
+            return
         script.main(_command(one, plan, folder / one.folder, steps))
         for weights in (folder / one.folder).glob("*.safetensors"):
             weights.unlink()
+
+    sweep(list(plan.runs()), is_done, train, max_runs, label=lambda one: one.folder)
 
 
 def _script(name: str) -> ModuleType:

@@ -120,13 +120,18 @@ def mnist_5k() -> DatasetDict:
 
 def fashion_mnist() -> DatasetDict:
     """Fashion-MNIST in its published split, 60,000 and 10,000: columns ``image`` and ``label``; needs apt once."""
-    folder = fetch_debian(FASHION_MNIST)
-    return DatasetDict({split: _idx_dataset(folder, stem) for split, stem in (("train", "train"), ("test", "t10k"))})
+    return DatasetDict({split: _idx_dataset(split) for split in ("train", "test")})
 
 
-def _idx_dataset(folder: Path, stem: str) -> Dataset:
+def fashion_mnist_pixels(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, 28, 28) and labels (n,) of a split of `fashion_mnist`, as bytes, for what holds them in memory."""
+    folder, stem = fetch_debian(FASHION_MNIST), {"train": "train", "test": "t10k"}[split]
     images = _idx(folder / f"{stem}-images-idx3-ubyte.gz", offset=16).reshape(-1, 28, 28)
-    labels = _idx(folder / f"{stem}-labels-idx1-ubyte.gz", offset=8)
+    return images, _idx(folder / f"{stem}-labels-idx1-ubyte.gz", offset=8)
+
+
+def _idx_dataset(split: str) -> Dataset:
+    images, labels = fashion_mnist_pixels(split)
     rows = ({"image": image, "label": int(label)} for image, label in zip(images, labels, strict=True))
     return _dataset(rows, _image_features(FASHION_CLASSES))
 

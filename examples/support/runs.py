@@ -40,7 +40,7 @@ def train_and_evaluate(trainer: Trainer, checkpoint: str | None, data: RunData) 
         results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()
         trainer.save_state()
-        results["ssam/total_passes"] = _passes(trainer)
+        results["ssam/total_passes"] = passes(trainer)
     if args.do_eval and trainer.eval_dataset is not None:
         results |= trainer.evaluate()
     return results
@@ -105,8 +105,8 @@ def _is_score(name: str) -> bool:
     return name.startswith(("eval_", "predict_")) and not name.endswith(COSTS)
 
 
-def _passes(trainer: Trainer) -> float:
-    """A stock optimizer takes one pass a step."""
+def passes(trainer: Trainer) -> float:
+    """What the training cost in passes over a batch; a stock optimizer takes one a step."""
     log = trainer.state.log_history
     logged = [entry["ssam/total_passes"] for entry in log if "ssam/total_passes" in entry]
     return logged[-1] if logged else float(trainer.state.global_step)
