@@ -35,7 +35,7 @@ LAMBDA = max(CURVATURES)
 
 
 def measure(settings: Settings) -> Row:
-    """The largest learning rate that trains, and the next one; rates too small to get there in time are passed over."""
+    """The largest learning rate that trains, and the next; those too small to get there are passed over."""
     rates = accumulate(repeat(settings["factor"]), mul, initial=settings["first_rate"])
     trained = math.nan
     for rate in takewhile(lambda rate: rate < settings["last_rate"], rates):

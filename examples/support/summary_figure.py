@@ -1,4 +1,4 @@
-"""The figure at the top of the README: one training with wrong labels, and what SSAM changes wherever it was measured."""
+"""The figure at the top of the README: a training with wrong labels, and what SSAM changes wherever it was measured."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from hf_ssam.plots.canvas import COLORS, canvas, dress, save
-
 from studies.label_noise import curve, with_stopped_early
 
 from .comparison import interval
