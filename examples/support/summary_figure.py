@@ -1,4 +1,4 @@
-"""The figure at the top of the README: a training with wrong labels, and what SSAM changes wherever it was measured."""
+"""The figure at the top of the README: a training with wrong labels, and what SSAM changes in all that is measured."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
