@@ -137,7 +137,7 @@ def figures(rows: pd.DataFrame, plan: StudyPlan, folder: Path) -> None:
             if points:
                 radii, measured, predicted = zip(*points, strict=True)
                 style = look(number)
-                ax.plot(radii, measured, "o", color=style["color"], label=arm)
+                ax.plot(radii, measured, "o", color=style["color"], label=arm, markersize=12 - 2 * number)
                 ax.plot(radii, predicted, **style)
         ax.axhline(1, color="grey", linewidth=1)
         ax.set_xscale("log")
