@@ -35,7 +35,7 @@ LAMBDA = max(CURVATURES)
 
 
 def measure(settings: Settings) -> Row:
-    """The largest learning rate that trains, and the next one; rates too small to get there in time are passed over."""
+    """The largest learning rate that trains, and the next; those too small to get there are passed over."""
     rates = accumulate(repeat(settings["factor"]), mul, initial=settings["first_rate"])
     trained = math.nan
     for rate in takewhile(lambda rate: rate < settings["last_rate"], rates):
@@ -137,7 +137,7 @@ def figures(rows: pd.DataFrame, plan: StudyPlan, folder: Path) -> None:
             if points:
                 radii, measured, predicted = zip(*points, strict=True)
                 style = look(number)
-                ax.plot(radii, measured, "o", color=style["color"], label=arm)
+                ax.plot(radii, measured, "o", color=style["color"], label=arm, markersize=12 - 2 * number)
                 ax.plot(radii, predicted, **style)
         ax.axhline(1, color="grey", linewidth=1)
         ax.set_xscale("log")

@@ -4,8 +4,8 @@
     python examples/run_study.py run configs/studies/robustness.yaml          # five minutes on one core
 
 Every matrix is rounded to 8, 4 and 3 bits with one scale for each output channel, and Gaussian noise of a share of
-its root mean square is added to it, five draws. Reported is the accuracy lost, since the arms differ in accuracy; where
-they differ much the losses are not to be compared, which the clean accuracy beside them shows.
+its root mean square is added to it, five draws. Reported is the accuracy lost, since the arms differ in accuracy;
+where they differ much the losses are not to be compared, which the clean accuracy beside them shows.
 `measure_robustness.py` does this with any saved model.
 """
 

@@ -16,7 +16,6 @@ import pandas as pd
 import torch
 
 from hf_ssam.plots.canvas import canvas, dress, save
-from support.comparison import interval
 from support.comparison_plots import look
 from support.pictures import CLASSES, Pictures, fashion, fit, logits_of, sample, small_resnet
 from support.study import Row, Settings, StudyPlan
@@ -68,18 +67,16 @@ def tables(rows: pd.DataFrame, plan: StudyPlan) -> str:
 
 
 def figures(rows: pd.DataFrame, plan: StudyPlan, folder: Path) -> None:
-    """`tasks.png`: the accuracy when fresh and at the end, for each arm."""
+    """`tasks.png`: the accuracy when fresh and at the end, for each arm and seed."""
     ax = canvas()[0]
     arms = [arm for arm in plan.arms if (rows["arm"] == arm).any()]
     for place, arm in enumerate(arms):
         own = rows[rows["arm"] == arm]
         for name, shift, marker in (("fresh_accuracy", -0.12, "o"), ("accuracy", 0.12, "s")):
-            mean, half = interval(own[name] * 100)
             label = {"o": "right after the task", "s": "after the last task"}[marker] if place == 0 else None
             color = look(0 if marker == "o" else 1)["color"]
-            ax.errorbar(
-                place + shift, mean, half if np.isfinite(half) else 0, fmt=marker, color=color, label=label, capsize=3
-            )
+            ax.plot(place + shift, own[name].mean() * 100, marker, color=color, label=label)
+            ax.plot([place + shift] * len(own), own[name] * 100, ".", color=color, alpha=0.5)
     ax.set_xticks(range(len(arms)), arms, fontsize="small")
-    dress(ax, "Five tasks, one after the other", "", "correct on test images, %, mean over tasks")
+    dress(ax, "Five tasks, one after the other (small dots: seeds)", "", "correct on test images, %, mean over tasks")
     save(ax, folder / "tasks.png")

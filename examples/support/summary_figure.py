@@ -1,4 +1,4 @@
-"""The figure at the top of the README: one training with wrong labels, and what SSAM changes wherever it was measured."""
+"""The figure at the top of the README: a training with wrong labels, and what SSAM changes in all that is measured."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,6 +44,7 @@ CONTRASTS = (
     Contrast("wrong labels, same epochs", "label_noise", "SSAM", "SGD", "test_accuracy", WRONG),
     Contrast("wrong labels, same cost", "label_noise", "SSAM", "SGD, twice the epochs", "test_accuracy", WRONG),
     Contrast("wrong labels, SGD stopped early", "label_noise", "SSAM", "SGD, stopped early", "test_accuracy", WRONG),
+    Contrast("wrong labels, weights in 3 bits", "robustness", "SSAM", "SGD", "bits_3", WRONG),
     Contrast("clean labels, same epochs", "label_noise", "SSAM", "SGD", "test_accuracy", (("noise", 0.0),)),
     Contrast("five tasks in sequence, same epochs", "tasks", "SSAM, ρ 0.2", "SGD", "accuracy"),
     Contrast("five tasks in sequence, same cost", "tasks", "SSAM, ρ 0.2", "SGD, twice the epochs", "accuracy"),
@@ -88,4 +89,6 @@ def draw_contrasts(ax: Axes, found: Sequence[tuple[str, np.ndarray]]) -> None:
     ax.axvline(0, color="black", linewidth=1)
     ax.set_yticks(range(len(found)), [label for label, _ in reversed(found)])
     ax.set_ylim(-0.6, len(found) - 0.4)
-    dress(ax, "What SSAM changes", "points of test accuracy over the baseline (bar: 95 % interval)", "")
+    dress(
+        ax, "What SSAM changes", "points of test accuracy over the baseline\n(bar: 95 % interval over the seeds)", ""
+    )

@@ -14,7 +14,7 @@ from torch import nn
 
 import run_study
 from studies import label_noise, learning_rates, saddles, stability, tasks
-from support import calibration, robustness
+from support import calibration, robustness, summary_figure
 from support.descent import Point, descent
 from support.pictures import Pictures, relabelled, training_arguments
 from support.results_page import CONFIGS
@@ -198,6 +198,17 @@ def test_damage_leaves_the_model_as_it_was_and_draws_alike_for_all(monkeypatch):
     with pytest.raises(RuntimeError), robustness.changed(model, torch.zeros_like):
         raise RuntimeError
     assert torch.equal(model.weight, before["weight"])
+
+
+def test_summary_pairs_by_seed_and_skips_what_has_not_run():
+    rows = pd.DataFrame(
+        [("SSAM", 1, 0.4, 0.80), ("SSAM", 2, 0.4, 0.82), ("SSAM", 3, 0.4, 0.9), ("SGD", 1, 0.4, 0.6),
+         ("SGD", 2, 0.4, 0.63), ("SGD", 1, 0.0, 0.9)],
+        columns=["arm", "seed", "noise", "test_accuracy"],
+    )  # fmt: skip
+    one = summary_figure.Contrast("x", "label_noise", "SSAM", "SGD", "test_accuracy", (("noise", 0.4),))
+    assert one.differences(rows) == pytest.approx([20, 19])
+    assert len(one.differences(pd.DataFrame())) == 0
 
 
 def test_forgetting_is_the_fall_since_a_task_was_fresh():
