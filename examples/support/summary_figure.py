@@ -89,6 +89,4 @@ def draw_contrasts(ax: Axes, found: Sequence[tuple[str, np.ndarray]]) -> None:
     ax.axvline(0, color="black", linewidth=1)
     ax.set_yticks(range(len(found)), [label for label, _ in reversed(found)])
     ax.set_ylim(-0.6, len(found) - 0.4)
-    dress(
-        ax, "What SSAM changes", "points of test accuracy over the baseline\n(bar: 95 % interval over the seeds)", ""
-    )
+    dress(ax, "What SSAM changes", "points of test accuracy over the baseline\n(bar: 95 % interval over seeds)", "")
