@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UsageError("figures need matplotlib: pip install 'hf-ssam[plots]'") from error
+        raise UsageError("figures need matplotlib: pip install matplotlib") from error
     from ..hub.card_file import FIGURE
     from ..plots import plot_run, plot_runs
     from ..saved.names import short_names

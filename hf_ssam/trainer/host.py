@@ -212,6 +212,8 @@ class Host(Protocol):
     lr_scheduler: Any
     processing_class: Any
     train_dataset: Any
+    eval_dataset: Any
+    callback_handler: Any
     compute_loss_func: Any
     model_accepts_loss_kwargs: bool
     current_flos: float
