@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from transformers import pipeline as make_pipeline
 
 import run_text_classification
-from support import offline, sources
+from hf_ssam.saved import files
+from support import offline
 from support.cli import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +159,7 @@ def test_a_glue_task_feeds_both_sentences_and_leaves_withheld_labels_out(main, t
         asked.append((name, config))
         return DatasetDict(train=labelled, validation=labelled, test=withheld)
 
-    monkeypatch.setattr(sources, "load_dataset", glue)
+    monkeypatch.setattr(files, "load_dataset", glue)
     seen = []
     monkeypatch.setattr(
         run_text_classification,
