@@ -178,23 +178,12 @@ class SSAMArgumentsMixin:
         known = METHODS[self.optim].options if self.is_sharpness_aware else options
         for name in options:
             if name not in known:
-                home = self._home_of(name, options[name])
+                home = _home_of(self, name, options[name])
                 raise ValueError(
                     f"optim_args: method `{self.optim}` has no option `{name}`; {home}its options are "
                     f"{', '.join(sorted(known))}, and those of the base optimizer go into base_optim_args."
                 )
         return get_method(self.optim, self.rho_unit, self.rho_max, **options)
-
-    def _home_of(self, option: str, value: Any) -> str:
-        """Where an option of the base optimizer belongs, where it has one of that name."""
-        from transformers import Trainer  # slow to import, and only needed here
-
-        try:
-            kind, _ = Trainer.get_optimizer_cls_and_kwargs(self.base_arguments())
-        except (ImportError, ValueError):  # its package is missing, or its own options are wrong
-            return ""
-        found = option in inspect.signature(kind).parameters
-        return f"{plain(self.base_optim)} has one: base_optim_args={option}={value}; " if found else ""
 
     def base_arguments(self) -> SSAMArgumentsMixin:
         """These arguments as a stock Trainer would be given them: `optim` is the base optimizer."""
@@ -284,6 +273,18 @@ class SSAMArgumentsMixin:
         for name in ("ascent_interval", "num_micro_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is not allowed; choose an integer from 1.")
+
+
+def _home_of(args: SSAMArgumentsMixin, option: str, value: Any) -> str:
+    """Where an option of the base optimizer belongs, where it has one of that name."""
+    from transformers import Trainer  # slow to import, and only needed here
+
+    try:
+        kind, _ = Trainer.get_optimizer_cls_and_kwargs(args.base_arguments())
+    except (ImportError, ValueError):  # its package is missing, or its own options are wrong
+        return ""
+    found = option in inspect.signature(kind).parameters
+    return f"{plain(args.base_optim)} has one: base_optim_args={option}={value}; " if found else ""
 
 
 @dataclass(repr=False)
