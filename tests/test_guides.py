@@ -53,7 +53,7 @@ def test_methods_guide_is_what_the_table_says() -> None:
     assert methods_guide.PAGE.read_text() == methods_guide.page(), "run python examples/methods_guide.py"
 
 
-def test_distributed_guide_names_tests_that_exist_in_the_files_that_it_links() -> None:
+def test_distributed_guide_names_tests_that_exist() -> None:
     text = (ROOT / "examples" / "guides" / "distributed.md").read_text()
     names = set(re.findall(r"def (test_\w+)", "\n".join(p.read_text() for p in (ROOT / "tests").rglob("test_*.py"))))
     named = re.findall(r"`(test_\w+)(…?)`", text)

@@ -1,6 +1,6 @@
 """TensorBoard, Weights & Biases or trackio: `report_to` gets every `ssam/` key, as it gets the loss.
 
-All three work without a network: TensorBoard and trackio write files, Weights & Biases does with WANDB_MODE=offline.
+TensorBoard is tested here. The others are meant to work without a network too: Weights & Biases by WANDB_MODE=offline.
 """
 
 import os

@@ -5,10 +5,9 @@
 A step of the engine reports both losses, so a step at each ρ of a grid measures r: by the method's own rules, under
 the dropout and the batch statistics of training, on any model that the engine trains.
 
-r depends on how far the model has been trained. MiniLM on TREC questions asks for ρ 0.17 with a head that knows
-nothing yet (loss 1.79), for 0.016 at a loss of 0.58 and for 0.006 at 0.26, and 0.03 harms the run. So a model that
-training is to change much is first trained plainly on the same few batches, until its loss is a sixth of what it was;
-all of that is undone.
+r depends on how far the model has been trained: with a new head it asks for a ρ that harms the run (`examples/guides/
+rho.md`). So a model that training is to change much is first trained plainly on the same few batches, until its loss
+is a sixth of what it was; all of that is undone.
 """
 
 from __future__ import annotations

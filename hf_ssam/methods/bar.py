@@ -114,7 +114,7 @@ OBAR = Method(
     obar,
     rho=0.5,
     paper=PAPER,
-    when="As `nbar`, where the gradients of the factors are too noisy to choose by.",
+    when="As `nbar`, choosing by the factors' lengths and not by their gradients.",
     passes="1",
     renormalizes=False,
 )

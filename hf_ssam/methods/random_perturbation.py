@@ -36,7 +36,7 @@ METHOD = Method(
     random_perturbation,
     rho=0.05,
     paper=PAPER,
-    when="The control for every claim about SAM: the same length, no direction.",
+    when="The control for claims about SAM: noise in place of the ascent, in one pass.",
     options={"seed": SEED},
     passes="1",
     renormalizes=False,

@@ -45,13 +45,14 @@ def thinned(v: Vector, context: StepContext, share: float, seed: int) -> Vector:
     return scaled(kept, factor * LEVELS / limit)
 
 
-def _drop(t: Tensor, limit: int, generator: torch.Generator) -> None:
+def _drop(t: Tensor, limit: int, generator: torch.Generator) -> Tensor:
     """Put each number of `t` to zero, in place, unless its sixteen random bits spell less than `limit`."""
     flat = in_memory_order(t)
     for piece in flat.split(CHUNK) if t.device.type in tensors_.HOST else (flat,):
         words = torch.empty(-(-len(piece) // 4), dtype=torch.int64, device=t.device)
         bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: len(piece)]
         piece.mul_((bits < limit - LEVELS // 2).to(piece.dtype))
+    return t
 
 
 def filterwise(seed: int) -> Rule:

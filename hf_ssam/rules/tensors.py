@@ -6,7 +6,8 @@ writing to them writes to the model.
 
 A multiple of a vector is not computed before somebody reads its tensors: a step scales `g` to a direction, the
 direction to a perturbation and `ĝ` to the length of `g`, and each of these factors is carried by an operation that
-reads the memory anyway. The rules stay pure functions; nothing but `ParameterSpace.write_grads` writes in place.
+reads the memory anyway. Rules are pure functions, but that one may write to
+its own argument (`added_`); beside it only `ParameterSpace.write_grads` writes in place.
 
 Fresh memory on the CPU costs a page fault every four kilobytes, more than ten copies into memory that is there. So a
 step takes its copies from a `Workspace` and gives them back at its end. On a GPU the caching allocator does this, and

@@ -91,22 +91,6 @@ class Opened:
         return PeftModel.from_pretrained(model, self.adapter, is_trainable=True).eval()
 
 
-def add_data_flags(parser: argparse.ArgumentParser, rows: int, batch_size: int) -> None:
-    """The flags that `load_all` reads: which data, how much of it, and what its columns are called."""
-    other = parser.add_mutually_exclusive_group()
-    other.add_argument("--data", help="a file (.csv, .json …), or a folder of images by class, to measure on instead")
-    other.add_argument("--dataset_name", help="the same, on the Hub, or a folder of `save_to_disk`")
-    parser.add_argument("--split", help="of a data set that has several; train if not given")
-    parser.add_argument("--text_column", nargs="+", help="the run's, or text; two for pairs")
-    parser.add_argument("--image_column", help="the run's, or image")
-    parser.add_argument("--label_column", help="the run's, or label")
-    parser.add_argument("--rows", type=int, default=rows, help="rows of the probe")
-    parser.add_argument(
-        "--batch_size", type=int, default=batch_size, help="smaller ones need less memory, same numbers"
-    )
-    parser.add_argument("--max_length", type=int, default=128)
-
-
 def load_all(folders: list[str], args: argparse.Namespace) -> list[Subject]:
     """The models, each by the shortest end of its path that no other has."""
     return [load(folder, name, args) for folder, name in zip(folders, short_names(folders), strict=True)]

@@ -15,13 +15,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..engine.radius import TARGET
 from ..engine.report import StepReport
 
 STEPS = 20
 """Perturbed steps from the beginning of a run whose median is judged."""
 
 TOO_FAR = 0.5
-TARGET = 0.1
+"""Share of the loss above which the median rise is warned of."""
 
 
 class AscentRise:
