@@ -12,8 +12,11 @@ noise to W and subtracts it, so that W drifts in low precision, and reseeds the 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,10 +24,13 @@ from torch import Tensor
 
 from ..rules.adapters import AdapterLayer, AdapterRule, Average, Base
 from ..rules.context import NEVER, StepContext
-from ..rules.tensors import Vector
+from ..rules.tensors import Vector, Workspace
 from .esam import SEED
 from .method import Method, Paper, Rules
 from .options import Option
+
+Made = Callable[[torch.dtype], AbstractContextManager[Tensor]]
+"""A weight in a dtype, there inside a `with` block."""
 
 PAPER = Paper(
     "Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape",
@@ -51,6 +57,7 @@ class MergedNoise(AdapterRule):
         super().__init__()
         self.needs_length = growing
         self._growing, self._seed = growing, seed
+        self._workspace = Workspace()
 
     def begin(self, context: StepContext) -> None:
         """Forget the norms of the step before."""
@@ -65,11 +72,20 @@ class MergedNoise(AdapterRule):
             return base(x)
         layer, x = self.layers[index], autocast(x)
         if index not in self._norms:
-            self._norms[index] = merged_row_norms(layer)
-        scales = self._norms[index] * (self._strength / math.sqrt(layer.in_features))
-        y = _Product.apply(x, lambda dtype: noisy(layer.weight(), scales, self._number + index, dtype))
+            self._norms[index] = merged_row_norms(layer, self._workspace)
+        y = _Product.apply(x, functools.partial(self._noisy, index))
         bias = layer.bias()
         return y if bias is None else y + bias.to(y.dtype)
+
+    @contextlib.contextmanager
+    def _noisy(self, index: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        """`W + E` of a layer as `dtype`, in memory that the next layer overwrites."""
+        layer = self.layers[index]
+        scales = self._norms[index] * (self._strength / math.sqrt(layer.in_features))
+        try:
+            yield noisy(layer.weight(), scales, self._number + index, self._workspace).to(dtype)
+        finally:
+            self._workspace.reclaim()
 
     def finish(self, g: Vector, context: StepContext, finite: Tensor, average: Average) -> Tensor:
         """The root of `E ‖E‖²`: f_t σ ‖W'‖ over the layers that were called."""
@@ -86,33 +102,39 @@ def autocast(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def merged_row_norms(layer: AdapterLayer) -> Tensor:
+def merged_row_norms(layer: AdapterLayer, workspace: Workspace) -> Tensor:
     """`‖W'_i‖`, shape (out,), float32 or wider."""
     weight, (a, b) = layer.weight(), layer.factors()
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    merged = torch.addmm(weight.to(dtype), b.to(dtype), a.to(dtype), alpha=layer.scaling)
-    return torch.linalg.vector_norm(merged, dim=1)
+    merged = workspace.borrow(weight, torch.promote_types(weight.dtype, torch.float32))
+    torch.mm(b.to(merged.dtype), a.to(merged.dtype), out=merged).mul_(layer.scaling).add_(weight)
+    norms = torch.linalg.vector_norm(merged, dim=1)
+    workspace.reclaim()
+    return norms
 
 
 @torch.no_grad()
-def noisy(weight: Tensor, scales: Tensor, number: int, dtype: torch.dtype) -> Tensor:
-    """`W + scales ⊙ N` row by row, N standard normal numbers that `number` alone determines, as `dtype`."""
+def noisy(weight: Tensor, scales: Tensor, number: int, workspace: Workspace) -> Tensor:
+    """`W + scales ⊙ N` row by row, N standard normal numbers that `number` alone determines, of the scales' dtype."""
     generator = torch.Generator(weight.device).manual_seed(number)
-    noise = torch.empty(weight.shape, dtype=scales.dtype, device=weight.device).normal_(generator=generator)
-    return noise.mul_(scales[:, None]).add_(weight).to(dtype)
+    noise = workspace.borrow(weight, scales.dtype).normal_(generator=generator)
+    return noise.mul_(scales[:, None]).add_(weight)
 
 
 class _Product(torch.autograd.Function):
     """`x Wᵀ` for a weight that is made for each use and never kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Callable[[torch.dtype], Tensor]) -> Tensor:  # type: ignore[override]
-        ctx.weight = weight
-        return torch.nn.functional.linear(x, weight(x.dtype))
+    def forward(ctx: Any, x: Tensor, made: Made) -> Tensor:  # type: ignore[override]
+        ctx.made = made
+        with made(x.dtype) as weight:
+            return torch.nn.functional.linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
-        return gradient @ ctx.weight(gradient.dtype) if ctx.needs_input_grad[0] else None, None
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        with ctx.made(gradient.dtype) as weight:
+            return gradient @ weight, None
 
 
 def flat_lora(growing: bool, seed: int) -> Rules:

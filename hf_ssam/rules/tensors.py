@@ -67,13 +67,13 @@ class Workspace:
         finally:
             _CURRENT.reset(token)
 
-    def borrow(self, like: Tensor) -> Tensor:
-        """A tensor laid out like `like`, its content undefined."""
-        if not self._keeps:
-            return torch.empty_like(like)
-        layout = like.shape, like.stride(), like.dtype
+    def borrow(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor laid out like `like`, of its dtype or of `dtype`, its content undefined."""
+        if not self._keeps or like.device.type not in HOST:
+            return torch.empty_like(like, dtype=dtype, requires_grad=False)
+        layout = like.shape, like.stride(), dtype or like.dtype
         free = self._free.get(layout)
-        tensor = free.pop() if free else torch.empty_like(like, requires_grad=False)
+        tensor = free.pop() if free else torch.empty_like(like, dtype=dtype, requires_grad=False)
         self._lent.append((layout, tensor))
         return tensor
 
@@ -91,7 +91,7 @@ class Workspace:
 def empties(tensors: list[Tensor]) -> list[Tensor]:
     """Tensors laid out like `tensors`, their content undefined, in the memory of the workspace in use."""
     workspace = _CURRENT.get()
-    if workspace is None or any(t.device.type not in HOST for t in tensors):
+    if workspace is None:
         return [torch.empty_like(t, requires_grad=False) for t in tensors]
     return [workspace.borrow(t) for t in tensors]
 

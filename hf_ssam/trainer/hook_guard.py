@@ -14,7 +14,9 @@ from .host import READ_IN
 
 
 class HookGuard(TrainerCallback):
-    """Looks after each step and each save whether the engine had its part in it.
+    """Looks after each step and each save whether the engine had its part in it, where the arguments name a method.
+
+    They are asked at each step: a search over methods changes them within one call of `train`.
 
     Args:
         trainer: the Trainer whose hooks are watched.
@@ -31,6 +33,8 @@ class HookGuard(TrainerCallback):
         Raises:
             RuntimeError: if it did not.
         """
+        if not args.is_sharpness_aware:
+            return
         self._trainer.check_prepared()
         if self._trainer.two_pass.clock.elapsed != state.global_step:
             raise RuntimeError(
@@ -43,7 +47,9 @@ class HookGuard(TrainerCallback):
         Raises:
             RuntimeError: if it does not.
         """
-        if not args.save_only_model and self._trainer.engine_saved_at != state.global_step:
+        if not args.is_sharpness_aware or args.save_only_model:
+            return
+        if self._trainer.engine_saved_at != state.global_step:
             raise RuntimeError(
                 _sentence(
                     self._trainer,
@@ -65,9 +71,7 @@ class HookGuardMixin:
     engine_saved_at: int | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's, watched."""
-        if not self.args.is_sharpness_aware:
-            return super().train(*args, **kwargs)
+        """As the parent's; a step or a save of a method that the engine had no part in raises."""
         guard = HookGuard(self)
         self.add_callback(guard)
         try:

@@ -104,9 +104,7 @@ class SSAMArgumentsMixin:
     )
     suggest_rho: bool = field(
         default=False,
-        metadata={
-            "help": "Experimental: measure the rho that raises the loss by a tenth; too large on a new head."
-        },
+        metadata={"help": "Experimental: measure the rho that raises the loss by a tenth; too large on a new head."},
     )
     rho_scheduler_type: Literal[RHO_SCHEDULES] = field(  # type: ignore[valid-type]
         default="constant", metadata={"help": "How rho changes over the run; `lr` follows the learning rate."}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from hf_ssam import TwoPass
 from hf_ssam.methods import flat_lora as flat_lora_module
 from hf_ssam.methods.bi_lora import product_square
 from hf_ssam.methods.flat_lora import merged_row_norms, noisy
+from hf_ssam.rules.tensors import Workspace
 from tests.support.cases import ADAPTER_CASES, Case, assert_identical, weights
 from tests.support.reference_adapters import Factors, balanced, bi_lora, flat_lora
 
@@ -242,35 +242,39 @@ def test_flat_lora_grows_its_noise_by_half_a_cosine_from_nothing():
     assert growth == pytest.approx([(1 - math.cos(math.pi * t / STEPS)) / 2 for t in range(STEPS)], rel=0.1)
 
 
-def test_flat_lora_keeps_no_matrix_between_forward_and_backward(monkeypatch):
-    """Each noisy weight is let go after its product, and made once more, with the same bits, in the backward pass."""
-    model, made, alive = network(), [], []
+def test_flat_lora_makes_each_noisy_matrix_twice_with_the_same_bits_in_memory_that_is_kept_once(monkeypatch):
+    model, made = network(), []
 
     def recorded(*given) -> Tensor:
         result = noisy(*given)
-        made.append((weakref.ref(result), result.clone()))
+        made.append((result.data_ptr(), result.clone()))
         return result
 
     monkeypatch.setattr(flat_lora_module, "noisy", recorded)
+    x, y = batches()[0]
+    x.requires_grad_()
+    engine = engine_for(model, Case("flat_lora", {"growing": False}), 0.1)
 
     def run() -> Tensor:
         loss = nn.functional.mse_loss(model(x), y)
-        alive.append([ref() is not None for ref, _ in made])
         loss.backward()
         return loss
 
-    x, y = batches()[0]
-    x.requires_grad_()
-    engine_for(model, Case("flat_lora", {"growing": False}), 0.1).step(run)
-    assert alive == [[False, False]]
+    engine.step(run)
     (_, first), (_, second), (_, second_again), (_, first_again) = made
     assert torch.equal(first, first_again) and torch.equal(second, second_again)
+    places = {place for place, _ in made}
+    model.zero_grad()
+    engine.step(run)
+    assert {place for place, _ in made} == places, "a step finds the memory of the step before"
+    shapes = {t.shape: t.nbytes for _, t in made}
+    assert len(places) == len(shapes) and engine._passes.adapters._rule._workspace.kept == sum(shapes.values())
 
 
 def test_flat_lora_adds_to_bf16_weights_in_float32():
     generator = torch.Generator().manual_seed(3)
     weight, scales = torch.ones(4, 8, dtype=torch.bfloat16), torch.full((4,), 0.1)
-    found = noisy(weight, scales, 3, torch.float32)
+    found = noisy(weight, scales, 3, Workspace())
     torch.testing.assert_close(found, 1 + 0.1 * torch.empty(4, 8).normal_(generator=generator))
 
 
@@ -278,7 +282,7 @@ def test_row_norms_are_those_of_the_merged_weight():
     model = network()
     engine = engine_for(model, Case("flat_lora"))
     for layer, merged in zip(engine._passes.adapters._layers, factors_of(model).merged(), strict=True):
-        torch.testing.assert_close(merged_row_norms(layer), merged.norm(dim=1), rtol=1e-12, atol=0)
+        torch.testing.assert_close(merged_row_norms(layer, Workspace()), merged.norm(dim=1), rtol=1e-12, atol=0)
 
 
 # ----------------------------------------------------------------------------------------------------------- bi_lora

@@ -305,6 +305,18 @@ def test_a_trial_with_a_bad_rho_is_refused():
         run()
 
 
-def test_a_search_over_methods():
-    trainer, run = search(lambda trial: {"optim": trial.suggest_categorical("optim", ["ssam", "usam", "sgd"])}, 3)
-    assert run().hyperparameters["optim"] in ("ssam", "usam", "sgd")
+@pytest.mark.parametrize("order", [("ssam", "sgd", "usam"), ("sgd", "ssam", "sgd")], ids="-".join)
+def test_a_search_over_methods_and_stock_names_in_any_order(order):
+    """The arguments change within the search's call of `train`: each trial is watched as its own `optim` asks."""
+    trainer, run = search(lambda trial: {"optim": order[trial.number]}, len(order))
+    passes = []
+    log = trainer.log
+
+    def recording(logs, *args, **kwargs):
+        log(logs, *args, **kwargs)
+        if "train_runtime" in logs:
+            passes.append((trainer.args.optim, trainer.two_pass is not None))
+
+    trainer.log = recording
+    run()
+    assert passes == [(optim, optim != "sgd") for optim in order]
