@@ -106,7 +106,8 @@ def merged_row_norms(layer: AdapterLayer, workspace: Workspace) -> Tensor:
     """`‖W'_i‖`, shape (out,), float32 or wider."""
     weight, (a, b) = layer.weight(), layer.factors()
     merged = workspace.borrow(weight, torch.promote_types(weight.dtype, torch.float32))
-    torch.mm(b.to(merged.dtype), a.to(merged.dtype), out=merged).mul_(layer.scaling).add_(weight)
+    given = weight.to(merged.dtype), b.to(merged.dtype), a.to(merged.dtype)
+    torch.addmm(*given, alpha=layer.scaling, out=merged)
     norms = torch.linalg.vector_norm(merged, dim=1)
     workspace.reclaim()
     return norms
@@ -117,7 +118,7 @@ def noisy(weight: Tensor, scales: Tensor, number: int, workspace: Workspace) -> 
     """`W + scales ⊙ N` row by row, N standard normal numbers that `number` alone determines, of the scales' dtype."""
     generator = torch.Generator(weight.device).manual_seed(number)
     noise = workspace.borrow(weight, scales.dtype).normal_(generator=generator)
-    return noise.mul_(scales[:, None]).add_(weight)
+    return torch.addcmul(weight.to(noise.dtype), noise, scales[:, None], out=noise)
 
 
 class _Product(torch.autograd.Function):
