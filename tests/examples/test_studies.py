@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import run_study
-from studies import label_noise, learning_rates, saddles, stability, tasks
+from studies import agreement, label_noise, learning_rates, saddles, stability, tasks
 from support import calibration, robustness, summary_figure
 from support.descent import Point, descent
 from support.pictures import Pictures, relabelled, training_arguments
@@ -109,6 +109,30 @@ class Linear(nn.Module):
     def forward(self, rows):
         residual = self.a[rows] @ self.point.at - self.b[rows]
         return type("Out", (), {"loss": 0.5 * residual.square().mean()})
+
+
+def test_agreement_on_a_quadratic_is_that_of_two_matrix_products():
+    """ĝ = g + ρ H g/‖g‖ where H = diag(h); AdamW's second moments are those of one step, v = 0.001 g₀²."""
+    h, start, rho = np.array([1.0, 30.0]), np.array([2.0, 0.1]), 0.3
+    point = Point(start.tolist(), lambda at: type("Out", (), {"loss": (at.square() @ torch.tensor(h)) / 2}))
+    optimizer = torch.optim.AdamW(point.parameters(), lr=0.01, weight_decay=0.0)
+    task = agreement.Task(point, {}, optimizer, "linear", 1.0)
+    point.at.grad = agreement.gradient(point, {}, 0)[1][0]
+    optimizer.step()
+    w = point.at.detach().numpy().copy()
+    found = agreement.compared(task, {}, 0, agreement.gradient(point, {}, 0), rho)
+    g, divisor = h * w, np.sqrt(0.001) * np.abs(h * start) + 1e-8
+    up = g + rho * h * g / np.linalg.norm(g)
+
+    def cosine(u, v):
+        return u @ v / np.linalg.norm(u) / np.linalg.norm(v)
+
+    above = w + rho * g / np.linalg.norm(g)
+    assert found["cosine"] == pytest.approx(cosine(g, up), rel=1e-9)
+    assert found["seen"] == pytest.approx(cosine(g / divisor, up / divisor), rel=1e-9)
+    assert found["rise"] == pytest.approx((h @ above**2) / (h @ w**2) - 1, rel=1e-9)
+    assert found["cosine"] != pytest.approx(found["seen"], rel=1e-3)
+    assert (point.at.detach().numpy() == w).all()
 
 
 def test_twins_see_whole_epochs():
