@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -30,10 +31,19 @@ USUAL = (
 """Of the stock training arguments, what `--help` shows."""
 
 EPILOG = "Every other field of the training arguments is a flag too: --help_all lists them."
+TITLES = ("this script", "sharpness-aware training", "training")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written, and defaults behind the flags."""
+    """The description as it is written, defaults behind the flags, and each flag once, as the files spell it."""
+
+    def __init__(self, prog: str) -> None:
+        width = shutil.get_terminal_size(fallback=(120, 24)).columns - 2
+        super().__init__(prog, max_help_position=34, width=width)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
+        return action.option_strings[0] + (choices if len(choices) < 40 else "")
 
 
 class Words(yaml.SafeLoader):
@@ -90,15 +100,16 @@ class ExampleParser(HfArgumentParser):
 
     def format_help(self) -> str:
         """What the script and sharpness-aware training have, and the usual ones of the rest."""
-        hidden = [action for action in self._actions if action.dest in _rest()]
-        texts = [action.help for action in hidden]
-        for action in hidden:
-            action.help = argparse.SUPPRESS
-        try:
-            return super().format_help()
-        finally:
-            for action, text in zip(hidden, texts, strict=True):
-                action.help = text
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, [])
+        formatter.add_text(self.description)
+        flags = {action.dest: action for action in reversed(self._actions)}  # the first of a name is not its `no_`
+        for title, names in zip(TITLES, _sections(list(flags)[::-1]), strict=True):
+            formatter.start_section(title)
+            formatter.add_arguments([flags[name] for name in names])
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
     def format_all(self) -> str:
         """Every flag."""
@@ -123,12 +134,14 @@ class ExampleParser(HfArgumentParser):
         return f": did you mean {prefix}{near[0]}?" if near else " (--help lists every flag)"
 
 
-def _rest() -> set[str]:
-    """What `--help_all` shows too."""
+def _sections(names: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Of the flags, those of the script, ours, and the usual ones of the stock training arguments."""
     from hf_ssam import SSAMArgumentsMixin
 
     ours = {f.name for f in fields(SSAMArgumentsMixin)}
-    return {f.name for f in fields(TrainingArguments)} - ours - {*USUAL.split()}
+    stock = {f.name for f in fields(TrainingArguments)} - ours
+    own = [name for name in names if name not in ours | stock]
+    return own, [name for name in names if name in ours], [name for name in USUAL.split() if name in names]
 
 
 class _HelpAll(argparse.Action):

@@ -39,10 +39,12 @@ def train_and_evaluate(trainer: Trainer, checkpoint: str | None, data: RunData) 
             data.write(Path(args.output_dir))
         results |= trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()
-        trainer.save_state()
+        trainer.save_state()  # before the evaluation, which may fail, and again with its scores
         results["ssam/total_passes"] = passes(trainer)
     if args.do_eval and trainer.eval_dataset is not None:
         results |= trainer.evaluate()
+        if args.do_train:
+            trainer.save_state()
     return results
 
 
@@ -91,7 +93,8 @@ def closing(args: SSAMTrainingArguments, results: dict[str, float], log: list[di
         if name in at_start
     ]
     passes, seconds = results["ssam/total_passes"], results["train_runtime"]
-    lines.append(f"  cost: {passes:g} passes over a batch, {seconds:.0f} s of training")
+    since = f" since step {results['train_resumed_at']}, where it was resumed" if "train_resumed_at" in results else ""
+    lines.append(f"  cost: {passes:g} passes over a batch, {seconds:.0f} s of training{since}")
     folder = Path(args.output_dir)
     lines.append(f"  model and card: {folder} (README.md)")
     lines.append(f"  next: hf-ssam plot {folder}")

@@ -8,9 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from ..methods import METHODS
 from ..saved.errors import UsageError
-from . import pages
 from .flags import Parser
 
 
@@ -19,6 +17,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("method", __doc__)
     parser.add_argument("name", metavar="NAME")
     name = parser.parse_args(argv).name
+    from ..methods import METHODS
+    from . import pages
+
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
         way = f"did you mean {near[0]}?" if near else "`hf-ssam methods` lists them"

@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from ..methods import METHODS, Method
 from ..saved.errors import UsageError
-from . import pages
 from .flags import Parser
+
+if TYPE_CHECKING:
+    from ..methods import Method
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     args = flags().parse_args(argv)
+    from ..methods import METHODS
+    from . import pages
+
     found = [m for m in METHODS.values() if args.like.lower() in searched(m)]
     if not found:
         raise UsageError(

@@ -15,12 +15,14 @@ import argparse
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
-from ..engine.radius import RhoSuggestion
-from ..methods import METHODS, get_method
-from ..methods.options import parse_optim_args
 from ..saved.errors import UsageError
 from .flags import Parser, add_data_flags, markdown
+
+if TYPE_CHECKING:
+    from ..engine.radius import RhoSuggestion
+    from ..methods import Method
 
 
 def main(argv: Sequence[str] | None = None) -> list[RhoSuggestion]:
@@ -28,9 +30,7 @@ def main(argv: Sequence[str] | None = None) -> list[RhoSuggestion]:
     args = flags().parse_args(argv)
     if min(args.batches, args.batch_size) < 1:
         raise UsageError(f"--batches {args.batches} and --batch_size {args.batch_size} must be 1 or more")
-    if args.method not in METHODS:
-        raise UsageError(f"--method {args.method} does not exist: choose one of {', '.join(METHODS)}")
-    method = get_method(args.method, **parse_optim_args(args.optim_args))
+    method = chosen(args)
     import torch
 
     from ..saved.models import load_all
@@ -46,6 +46,21 @@ def main(argv: Sequence[str] | None = None) -> list[RhoSuggestion]:
         found.append(suggest_rho(subject.model, subject.batches, method, **how))
         print(report(subject.name, subject.data, found[-1], time.perf_counter() - begun, args.batch_size))
     return found
+
+
+def chosen(args: argparse.Namespace) -> Method:
+    """The method with its options.
+
+    Raises:
+        UsageError: there is none of that name.
+        ValueError: it has no such option.
+    """
+    from ..methods import METHODS, get_method
+    from ..methods.options import parse_optim_args
+
+    if args.method not in METHODS:
+        raise UsageError(f"--method {args.method} does not exist: choose one of {', '.join(METHODS)}")
+    return get_method(args.method, **parse_optim_args(args.optim_args))
 
 
 def flags() -> argparse.ArgumentParser:

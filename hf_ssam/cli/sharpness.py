@@ -21,80 +21,64 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..plots import plot_loss_line, plot_loss_plane, plot_spectrum
-from ..plots.canvas import canvas, save
-from ..saved import resident
-from ..saved.models import Subject, load_all
-from ..sharpness import (
-    Line,
-    Objective,
-    Plane,
-    ascent_sharpness,
-    loss_line,
-    loss_plane,
-    random_direction,
-    spectrum,
-    top_eigenvalues,
-    trace,
-)
 from .flags import Parser, add_data_flags, markdown
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from ..saved.models import Subject
 
+MEASURES = ("eigenvalues", "trace", "ascent")
 Row = dict[str, Any]
 
 
-def eigenvalues(subject: Subject, args: argparse.Namespace, how: Row) -> Row:
-    """The k largest eigenvalues."""
-    top = top_eigenvalues(subject.model, subject.batches, k=args.k, tol=args.tol, **how)
-    found = {"eigenvalues": top.values, "solver": top.solver, "converged": top.converged}
-    return found | {"work": f"{top.products} products ({top.solver})"}
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Measure what the command line asks for; returns the rows of the table."""
+    args = flags().parse_args(argv)
+    from ..saved.models import load_all
+    from .measures import measured
+
+    subjects = load_all(args.models, args)
+    measured_on = said(subjects, args)
+    print(f"{measured_on}\n")
+    rows = measured(subjects, args)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "sharpness.json").write_text(json.dumps(rows, indent=1))
+    (args.output_dir / "sharpness.md").write_text(report(rows, args))
+    print(report(rows, args))
+    if not args.no_figures:
+        from .landscapes import draw
+
+        draw(subjects, args, measured_on)
+    print(f"written to {args.output_dir}")
+    return rows
 
 
-def traced(subject: Subject, args: argparse.Namespace, how: Row) -> Row:
-    """The trace and its standard error."""
-    total = trace(subject.model, subject.batches, args.trace_samples, **how)
-    found = {"trace": total.value, "trace_error": total.standard_error}
-    return found | {"work": f"{total.products} products"}
-
-
-def ascended(subject: Subject, args: argparse.Namespace, how: Row) -> Row:
-    """The rise of the loss in the plain ball and in the adaptive one."""
-    plain = ascent_sharpness(subject.model, subject.batches, args.rho, **how)
-    adaptive = ascent_sharpness(subject.model, subject.batches, args.adaptive_rho, adaptive=True, **how)
-    found = {"rise": plain.value, "adaptive_rise": adaptive.value}
-    return found | {"work": f"{plain.passes + adaptive.passes} gradients and losses"}
-
-
-MEASURES: dict[str, Callable[[Subject, argparse.Namespace, Row], Row]] = {
-    "eigenvalues": eigenvalues,
-    "trace": traced,
-    "ascent": ascended,
-}
-
-
-def measure(subject: Subject, pattern: str | None, args: argparse.Namespace, base: float | None) -> Row:
-    """One row of the table; memory is counted from `base`."""
-    objective = Objective(subject.model, subject.batches, parameters=pattern)
-    row = {"model": subject.name, "data": subject.data, "weights": pattern or "all trainable", "n": objective.size}
-    row |= {"loss": objective.value(), "precision": objective.precision, "cost": {}}
-    how = {"parameters": pattern, "progress": args.progress}
-    for name in args.measures:
-        begun = time.perf_counter()
-        found, peak = resident.peak_of(partial(MEASURES[name], subject, args, how))
-        cost = {"work": found.pop("work"), "seconds": time.perf_counter() - begun}
-        row["cost"][name] = cost | {"mib": None if peak is None else peak - base, "weight_mib": subject.weight_mib}
-        row |= found
-    return row
+def flags() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = Parser("sharpness", __doc__)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a folder or a name on the Hub")
+    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=MEASURES)
+    add_data_flags(parser)
+    parser.add_argument("--rows", type=int, default=32, help="rows of the probe")
+    parser.add_argument("--batch_size", type=int, default=4, help="smaller ones need less memory, same numbers")
+    parser.add_argument(
+        "--parameters", nargs="*", default=[None], help="patterns of weight names, a row of the table each"
+    )
+    parser.add_argument("--k", type=int, default=1, help="how many eigenvalues")
+    parser.add_argument("--tol", type=float, default=1e-3)
+    parser.add_argument("--trace_samples", type=int, default=10)
+    parser.add_argument("--rho", type=float, default=0.05)
+    parser.add_argument("--adaptive_rho", type=float, default=0.5)
+    parser.add_argument("--spectrum_steps", type=int, default=20)
+    parser.add_argument("--reach", type=float, default=0.5, help="how far the lines go, in ‖w' − w‖")
+    parser.add_argument("--plane", action="store_true", help="also draw a plane of two random directions a model")
+    parser.add_argument("--no_figures", action="store_true")
+    parser.add_argument("--progress", action="store_true", help="show bars")
+    parser.add_argument("--output_dir", type=Path, default=Path("sharpness"))
+    return parser
 
 
 def shown(row: Row, args: argparse.Namespace) -> dict[str, str]:
@@ -129,100 +113,8 @@ def report(measured: list[Row], args: argparse.Namespace) -> str:
     return f"{markdown([shown(row, args) for row in measured])}\n\n{markdown(costly)}\n"
 
 
-def draw(subjects: list[Subject], args: argparse.Namespace) -> None:
-    """Spectra over each other, the loss along two lines, and planes side by side."""
-    how = {"progress": args.progress}
-    spectra = {s.name: spectrum(s.model, s.batches, args.spectrum_steps, 1, **how) for s in subjects}
-    figures = {"spectrum": plot_spectrum(spectra)}
-    figures["loss_line"] = lines(subjects, args, how)
-    if args.plane:
-        names = ("random direction, filter-normalised", "another one")
-        figures["plane"] = plot_loss_plane({s.name: plane(s, how) for s in subjects}, names=names)
-    for name, ax in figures.items():
-        ax.figure.supxlabel(said(subjects, args), fontsize="small")
-        save(ax, args.output_dir / f"{name}.png")
-
-
 def said(subjects: list[Subject], args: argparse.Namespace) -> str:
     """What was measured on, in a sentence."""
     by_data = {data: [s.name for s in subjects if s.data == data] for data in dict.fromkeys(s.data for s in subjects)}
     parts = by_data if len(by_data) == 1 else [f"{data} ({', '.join(names)})" for data, names in by_data.items()]
     return f"measured on up to {args.rows} rows of {'; '.join(parts)}"
-
-
-def lines(subjects: list[Subject], args: argparse.Namespace, how: Row) -> Axes:
-    """The rise of the loss along the top eigenvector, and along a random direction: two scales, so two figures."""
-    axes = canvas(1, 2, (5.2, 3.8))
-    steep = {s.name: steepest(s, args, how) for s in subjects}
-    plot_loss_line(steep, ax=axes[0], rise=True, title="Along the top eigenvector", x="distance ‖w' − w‖")
-    usual = {s.name: random_line(s, how) for s in subjects}
-    words = {"title": "Along a random direction", "x": "t in w + t d, d as long as w filter by filter"}
-    return plot_loss_line(usual, ax=axes[1], rise=True, **words)
-
-
-def steepest(subject: Subject, args: argparse.Namespace, how: Row) -> Line:
-    """The loss along the top eigenvector, which has no sign: the higher end goes to the right."""
-    distances = (args.reach * torch.linspace(-1, 1, 21)).tolist()
-    top = top_eigenvalues(subject.model, subject.batches, tol=1e-2, vectors=True, **how).vectors[0]
-    return uphill(loss_line(subject.model, subject.batches, top, distances, **how))
-
-
-def random_line(subject: Subject, how: Row) -> Line:
-    """The loss along a filter-normalised random direction, the same for models of one shape."""
-    distances = torch.linspace(-1, 1, 21).tolist()
-    return loss_line(subject.model, subject.batches, random_direction(subject.model), distances, **how)
-
-
-def uphill(line: Line) -> Line:
-    """The line, or its mirror image, so that the loss at the right end is the higher one."""
-    return line if line.losses[-1] >= line.losses[0] else Line(line.distances, line.losses[::-1])
-
-
-def plane(subject: Subject, how: Row) -> Plane:
-    """The loss over two filter-normalised random directions."""
-    first, second = (random_direction(subject.model, seed=seed) for seed in (0, 1))
-    return loss_plane(subject.model, subject.batches, first, second, torch.linspace(-1, 1, 11).tolist(), **how)
-
-
-def flags() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = Parser("sharpness", __doc__)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="a folder or a name on the Hub")
-    parser.add_argument("--measures", nargs="+", choices=list(MEASURES), default=list(MEASURES))
-    add_data_flags(parser)
-    parser.add_argument("--rows", type=int, default=32, help="rows of the probe")
-    parser.add_argument("--batch_size", type=int, default=4, help="smaller ones need less memory, same numbers")
-    parser.add_argument(
-        "--parameters", nargs="*", default=[None], help="patterns of weight names, a row of the table each"
-    )
-    parser.add_argument("--k", type=int, default=1, help="how many eigenvalues")
-    parser.add_argument("--tol", type=float, default=1e-3)
-    parser.add_argument("--trace_samples", type=int, default=10)
-    parser.add_argument("--rho", type=float, default=0.05)
-    parser.add_argument("--adaptive_rho", type=float, default=0.5)
-    parser.add_argument("--spectrum_steps", type=int, default=20)
-    parser.add_argument("--reach", type=float, default=0.5, help="how far the lines go, in ‖w' − w‖")
-    parser.add_argument("--plane", action="store_true", help="also draw a plane of two random directions a model")
-    parser.add_argument("--no_figures", action="store_true")
-    parser.add_argument("--progress", action="store_true", help="show bars")
-    parser.add_argument("--output_dir", type=Path, default=Path("sharpness"))
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> list[Row]:
-    """Measure what the command line asks for; returns the rows of the table."""
-    args = flags().parse_args(argv)
-    subjects = load_all(args.models, args)
-    for subject in subjects:
-        Objective(subject.model, subject.batches).value()
-    base = resident.now()
-    print(f"{said(subjects, args)}\n")
-    measured = [measure(s, pattern, args, base) for s in subjects for pattern in args.parameters]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "sharpness.json").write_text(json.dumps(measured, indent=1))
-    (args.output_dir / "sharpness.md").write_text(report(measured, args))
-    print(report(measured, args))
-    if not args.no_figures:
-        draw(subjects, args)
-    print(f"written to {args.output_dir}")
-    return measured

@@ -99,11 +99,14 @@ def compute_cost(log: Log, method: Method, steps: int, plain: PlainRun | None) -
     """What the run cost: passes a step, gradients of the whole batch, seconds, and the plain optimizer's seconds.
 
     The gradients are `ssam/total_passes`, which counts from the first step on and over restarts; the last entry that
-    has it may lie before the last step, and its step is given beside it.
+    has it may lie before the last step, and its step is given beside it. The seconds are those since the last restart,
+    so a resumed run is not compared with the plain optimizer's.
     """
     counted = [entry for entry in log if "ssam/total_passes" in entry]
     scales = [entry["ssam/scale"] for entry in counted if "ssam/scale" in entry]
-    seconds = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
+    end = next((entry for entry in reversed(log) if "train_runtime" in entry), {})
+    seconds, resumed_at = end.get("train_runtime"), end.get("train_resumed_at")
+    compared = plain and plain.seconds and seconds and not resumed_at
     return {
         "passes": method.passes,
         "steps": steps,
@@ -112,9 +115,10 @@ def compute_cost(log: Log, method: Method, steps: int, plain: PlainRun | None) -
         "skipped": sum(entry.get("ssam/skipped_steps", 0) for entry in log),
         "scale": (min(scales), max(scales)) if scales else None,
         "seconds": seconds,
+        "resumed_at": resumed_at,
         "plain": plain.name if plain else None,
         "plain_seconds": plain.seconds if plain else None,
-        "ratio": seconds / plain.seconds if plain and plain.seconds and seconds else None,
+        "ratio": seconds / plain.seconds if compared else None,
     }
 
 

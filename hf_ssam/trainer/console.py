@@ -96,8 +96,8 @@ def show_less(callbacks: list[TrainerCallback]) -> None:
             vars(callbacks[index]).update(vars(callback))
 
 
-def opening(args: Any, rules: Rules, rho: float, max_steps: int) -> str:
-    """What a run is about to do: method, base optimizer, ρ, steps and passes."""
+def opening(args: Any, rules: Rules, rho: float, max_steps: int, resumed_at: int = 0) -> str:
+    """What a run is about to do: method, base optimizer, ρ, steps and passes; and the step that it goes on from."""
     method = args.method()
     base = "its own optimizer" if method.optimizer else args.base_optim.value
     schedule = "" if args.rho_scheduler_type == "constant" else f" ({args.rho_scheduler_type})"
@@ -105,7 +105,7 @@ def opening(args: Any, rules: Rules, rho: float, max_steps: int) -> str:
     most = "at most " if rules.takes_indices else ""
     return (
         f"{method.name} over {base}, rho {rho:g}{schedule}: {max_steps} steps = {most}{passes} passes over a batch, "
-        f"{passes / max_steps:.3g} times the plain optimizer's"
+        f"{passes / max_steps:.3g} times the plain optimizer's{f'; resumed at step {resumed_at}' if resumed_at else ''}"
     )
 
 

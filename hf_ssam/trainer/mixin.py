@@ -63,6 +63,7 @@ class SSAMTrainerMixin(
 
     two_pass: TwoPass | None = None
     _window_flos = 0.0
+    _resumed_at = 0
 
     def __init__(self, *args: Any, **kwargs: Any):
         refusals.refuse_host(type(self))
@@ -127,6 +128,8 @@ class SSAMTrainerMixin(
             self._warn_of_the_rise()
         if self.two_pass is not None and "train_runtime" in logs:
             logs[PREFIX + "total_passes"] = self._step_log.total_passes
+        if self._resumed_at and "train_runtime" in logs:
+            logs["train_resumed_at"] = self._resumed_at
         super().log(logs, start_time)
 
     def mean_over_ranks(self, values: Tensor) -> Tensor:
@@ -140,7 +143,7 @@ class SSAMTrainerMixin(
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self.two_pass = None
+        self.two_pass, self._resumed_at = None, self.state.global_step
         if self.args.is_sharpness_aware:
             self._build_engine(prepared[0], max_steps, resume_from_checkpoint)
         return prepared
@@ -180,7 +183,7 @@ class SSAMTrainerMixin(
             self._load_engine(resume_from_checkpoint)
         same_samples = rules.selection is None or rules.selection.between is None
         self._ascent_rise = AscentRise(self.two_pass.clock.steps, same_samples)
-        self.say(opening(args, rules, self.two_pass.rho, max_steps))
+        self.say(opening(args, rules, self.two_pass.rho, max_steps, self._resumed_at))
 
     def _refuse_what_cannot_work(self) -> None:
         refusals.refuse_launch(self)

@@ -58,27 +58,22 @@ def plain(name: Any) -> str:
     return name.value if isinstance(name, ExplicitEnum) else str(name)
 
 
+OPTIONS_HELP = (
+    "The method's own options, `name=value,name=value`: `hf-ssam method NAME` lists them. Those of the base optimizer "
+    "go into base_optim_args."
+)
+
+
 def optim_help(methods: Mapping[str, Method]) -> str:
     """The help of `--optim`."""
-    rows = "; ".join(map(_row, methods.values()))
     return _for_argparse(
-        "A sharpness-aware method, one that you registered, or any stock optimizer name for plain training. "
-        f"Methods: {rows}."
+        f"A sharpness-aware method: {', '.join(map(_row, methods.values()))}; one that you registered; or any stock "
+        "optimizer name, for plain training. `hf-ssam methods` says when to choose which."
     )
 
 
 def _row(method: Method) -> str:
-    mark = ", experimental" if method.experimental else ""
-    return f"`{method.name}` ({method.paper.short}, rho {method.rho:g}, {method.passes} passes{mark})"
-
-
-def options_help(methods: Mapping[str, Method]) -> str:
-    """The help of `--optim_args`."""
-    lines = (f"{m.name}: " + ", ".join(f"{n}={o.default}" for n, o in m.options.items()) for m in methods.values())
-    return _for_argparse(
-        "The options of the method, written `name=value,name=value`; those of the base optimizer go into "
-        f"base_optim_args. {'; '.join(lines)}."
-    )
+    return f"`{method.name}` (rho {method.rho:g}{', experimental' if method.experimental else ''})"
 
 
 def _for_argparse(text: str) -> str:

@@ -19,7 +19,7 @@ from ..methods.method import RHO_MAX, checked_rho
 from ..methods.options import parse_optim_args
 from ..rules.budget import RHO_UNITS
 from .console import SHOWN
-from .optimizer_names import checked_base, checked_optim, optim_help, options_help, plain
+from .optimizer_names import OPTIONS_HELP, checked_base, checked_optim, optim_help, plain
 from .schedules import RHO_SCHEDULES, check_schedule
 
 _STEPS_IN_BACKWARD = ("lomo", "adalomo")
@@ -84,7 +84,7 @@ class SSAMArgumentsMixin:
 
     # `OptimizerNames | str` would be narrowed to the enum by HfArgumentParser, and `ssam` refused.
     optim: str = field(default="ssam", metadata={"help": optim_help(METHODS)})
-    optim_args: str | None = field(default=None, metadata={"help": options_help(METHODS)})
+    optim_args: str | None = field(default=None, metadata={"help": OPTIONS_HELP})
     base_optim: str = field(
         default=TrainingArguments.default_optim, metadata={"help": "The stock optimizer that uses the gradient."}
     )

@@ -183,7 +183,7 @@ class Interrupted(Exception):
     """In place of Ctrl-C, which would end the test run."""
 
 
-def test_an_interrupted_run_goes_on_where_it_was_saved(tmp_path, sentences, tiny, monkeypatch):
+def test_an_interrupted_run_goes_on_where_it_was_saved(tmp_path, sentences, tiny, monkeypatch, capsys):
     """And ends as the run that was not interrupted; a new one does not write over it."""
     fixed = ["--train_file", sentences(), "--validation_file", sentences("v.json"), "--model_name_or_path", tiny]
     fixed += ["--max_seq_length", 32, "--max_steps", 4, "--save_steps", 2, "--save_strategy", "steps"]
@@ -207,6 +207,10 @@ def test_an_interrupted_run_goes_on_where_it_was_saved(tmp_path, sentences, tiny
     refused(main_of(main, "cut"), says="cut holds another run: go on with it by --resume_from_checkpoint true")
     resumed = main("cut", "--resume_from_checkpoint", "true")
     assert resumed["eval_loss"] == whole["eval_loss"] and resumed["ssam/total_passes"] == 8
+    assert "s of training since step 2, where it was resumed" in capsys.readouterr().out
+    assert "| Training time since the run was resumed at step 2 |" in (tmp_path / "cut" / "README.md").read_text()
+    log = json.loads((tmp_path / "cut" / "trainer_state.json").read_text())["log_history"]
+    assert log[-1]["eval_loss"] == resumed["eval_loss"] and log[-2]["train_resumed_at"] == 2
     refused(main_of(main, "new", "--resume_from_checkpoint", "true"), says="there is no checkpoint in")
 
 

@@ -158,7 +158,7 @@ def test_an_image_run_is_measured_on_its_own_folder_and_on_another(tmp_path):
 
 def test_figures_name_the_data(text_run, tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr("hf_ssam.cli.sharpness.save", lambda ax, path: drawn.update({path.name: ax}))
+    monkeypatch.setattr("hf_ssam.cli.landscapes.save", lambda ax, path: drawn.update({path.name: ax}))
     flags = ["--measures", "ascent", "--spectrum_steps", 3, "--plane", "--output_dir", tmp_path]
     called(measure_sharpness.main, text_run / "out", *flags)
     assert set(drawn) == {"spectrum.png", "loss_line.png", "plane.png"}

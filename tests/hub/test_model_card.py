@@ -224,6 +224,9 @@ def test_cost_is_counted_from_the_log():
     assert (cost["gradients"], cost["gradients_step"], cost["skipped"]) == (18.0, 9, 3)
     assert (cost["scale"], cost["seconds"], cost["ratio"]) == ((0.9, 1.1), 30.0, 2.5)
     assert compute_cost([], get_method("ssam"), 0, None)["gradients"] is None
+    log[-1]["train_resumed_at"] = 8
+    resumed = compute_cost(log, get_method("ssam"), 9, PlainRun({}, 12.0, "plain"))
+    assert (resumed["resumed_at"], resumed["ratio"], cost["resumed_at"]) == (8, None, None)
 
 
 def test_sharpness_is_first_and_last():

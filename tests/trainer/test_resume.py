@@ -148,6 +148,15 @@ def test_every_other_setting_resumes_bit_for_bit(given: dict):
     assert_resumes(case=Case("ssam"), **given)
 
 
+def test_resume_is_said_before_training_and_in_the_log(capsys):
+    whole = ended(arguments(**SAVED))
+    assert not any("train_resumed_at" in entry for entry in whole.state.log_history)
+    assert "resumed" not in capsys.readouterr().out
+    resumed = ended(arguments(**SAVED), Path(whole.args.output_dir, "checkpoint-2"))
+    assert resumed.state.log_history[-1]["train_resumed_at"] == 2
+    assert "times the plain optimizer's; resumed at step 2\n" in capsys.readouterr().out
+
+
 def test_a_stock_run_goes_on_with_ssam(caplog):
     """As if its first two steps had been ssam's before `ascent_start`: the same run, to the bit."""
     expected = everything(ended(case_arguments(Case("ssam"), ascent_start=2, **SAVED)))
