@@ -9,35 +9,25 @@ each to be answered with its class (`offline_tasks.classified_questions`); neith
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from hf_ssam import SSAMArgumentsMixin, SSAMTrainerMixin
-from support import offline_models, offline_tasks
-from support.base_models import PlainModelArguments, check_length, pretrained, tokenizer_for
+from hf_ssam import SSAMTrainerMixin
+from support import offline_tasks
+from support.base_models import PlainModelArguments
 from support.cli import ExampleParser, UsageError, run
 from support.lora import LoraArguments, adapter
 from support.plan import prepare
-from support.run_data import run_data
-from support.runs import train_and_report
 from support.sources import FileArguments, load_files, uses
+from support.trl_runs import TrlArgumentsMixin, language_model, report
 
 FORMS = (["messages"], ["prompt", "completion"], ["text"])
 
 
-@dataclass
-class Arguments(SSAMArgumentsMixin, SFTConfig):
+class Arguments(TrlArgumentsMixin, SFTConfig):
     """TRL's arguments and ours."""
-
-    def __post_init__(self) -> None:
-        if self.bf16 is None and not torch.accelerator.is_available():
-            self.bf16 = False  # TRL turns it on where nothing is said, and then refuses to run on a CPU
-        super().__post_init__()
 
 
 class Trainer(SSAMTrainerMixin, SFTTrainer):
@@ -55,23 +45,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         raw = load_files(data_args, offline_tasks.classified_questions)
         forms = {split: form_of(rows, split) for split, rows in raw.items()}
         rows = uses(raw, data_args, plan)
-    hub = {**model_args.hub, "trust_remote_code": args.trust_remote_code}
-    path = model_args.model_name_or_path or str(offline_models.smollm2())
-    if args.max_length is not None:
-        check_length("max_length", args.max_length, pretrained(AutoConfig, path, **hub))
-
     trainer = Trainer(
-        model=pretrained(AutoModelForCausalLM, path, dtype=model_args.dtype, **hub),
+        **language_model(model_args, args),
         args=args,
         train_dataset=rows.get("train"),
         eval_dataset=rows.get("eval"),
-        processing_class=tokenizer_for(model_args, path),
         peft_config=adapter(lora_args),
     )
-    name = Path(args.hub_model_id or args.output_dir).name
-    data = run_data(data_args, "classified_questions", columns=forms.get("train", []), seed=args.seed)
-    card = {"model_name": name, "dataset_name": data_args.card.get("dataset")}
-    return train_and_report(trainer, plan.checkpoint, data, **card)
+    return report(trainer, plan, data_args, "classified_questions", forms.get("train", []))
 
 
 def form_of(rows: Dataset, split: str) -> list[str]:

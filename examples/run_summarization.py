@@ -10,46 +10,20 @@ Without a model it takes MiniLM-L6 twice, as encoder and as decoder (with new cr
 (`--predict_with_generate`, on here by default).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import evaluate
-import numpy as np
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    DataCollatorForSeq2Seq,
-    EncoderDecoderModel,
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import DataCollatorForSeq2Seq, set_seed
 
 from hf_ssam import SSAMSeq2SeqTrainer, SSAMSeq2SeqTrainingArguments
 from support import offline, offline_tasks
-from support.base_models import ModelArguments, check_length, pretrained, tokenizer_for
+from support.base_models import ModelArguments, tokenizer_for
 from support.cli import ExampleParser, run
-from support.metrics import METRICS
 from support.plan import prepare
 from support.run_data import run_data
 from support.runs import train_and_report
-from support.sources import FileArguments, load_files, require_columns, uses
-
-METRIC = METRICS / "rouge.py"
-
-
-@dataclass
-class TextPairArguments(FileArguments):
-    """Which texts, and how much of them."""
-
-    text_column_name: str = field(default="document", metadata={"help": "The column with the text to read."})
-    summary_column_name: str = field(default="summary", metadata={"help": "The column with the text to write."})
-    source_prefix: str = field(default="", metadata={"help": "What to put before each text, as T5 needs it."})
-    max_source_length: int = field(default=512, metadata={"help": "Longer texts are cut to so many tokens."})
-    max_target_length: int = field(default=64, metadata={"help": "The same, for the text to write."})
+from support.sources import load_files, require_columns, uses
+from support.text_pairs import TextPairArguments, encoder, scorer, writer
 
 
 @dataclass
@@ -76,11 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
         rows = uses(raw, data_args, plan)
 
     tokenizer = tokenizer_for(model_args, model_args.model_name_or_path or str(offline.minilm()))
-    model = load_model(model_args, tokenizer)
-    check_length("max_source_length", data_args.max_source_length, model.config)
-    check_length("max_target_length", data_args.max_target_length, model.config)
-    model.generation_config.max_length = None  # a length of the model's own would fight with this one
-    model.generation_config.max_new_tokens = data_args.max_target_length
+    model = writer(model_args, data_args, tokenizer)
     with args.main_process_first(desc="tokenizing"):
         encode = encoder(tokenizer, data_args)
         prepared = {use: r.map(encode, batched=True, remove_columns=r.column_names) for use, r in rows.items()}
@@ -98,50 +68,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float | str]:
     columns = {"columns": [data_args.text_column_name], "label_column": data_args.summary_column_name}
     data = run_data(data_args, "answer_types", **columns, seed=args.seed)
     return train_and_report(trainer, plan.checkpoint, data, **facts)
-
-
-def load_model(source: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model asked for, or MiniLM-L6 as encoder and decoder, which takes its special tokens from `tokenizer`."""
-    if source.model_name_or_path:
-        return pretrained(AutoModelForSeq2SeqLM, source.model_name_or_path, dtype=source.dtype, **source.hub)
-    encoder = AutoModel.from_pretrained(offline.minilm())
-    config = AutoConfig.from_pretrained(offline.minilm(), is_decoder=True, add_cross_attention=True)
-    decoder = AutoModelForCausalLM.from_config(config)
-    decoder.base_model.load_state_dict(encoder.state_dict(), strict=False)  # all but the cross-attention and the head
-    model = EncoderDecoderModel(encoder=encoder, decoder=decoder)
-    tokens = {
-        "decoder_start_token_id": tokenizer.cls_token_id,
-        "bos_token_id": tokenizer.cls_token_id,
-        "eos_token_id": tokenizer.sep_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    for name, value in tokens.items():
-        setattr(model.config, name, value)
-        setattr(model.generation_config, name, value)
-    return model
-
-
-def encoder(tokenizer: PreTrainedTokenizerBase, data: TextPairArguments) -> Callable[[dict], dict]:
-    """Examples -> token ids, and the ids of the text to write as ``labels``."""
-
-    def encode(batch: dict[str, list]) -> dict[str, list]:
-        texts = [data.source_prefix + text for text in batch[data.text_column_name]]
-        encoded = tokenizer(texts, truncation=True, max_length=data.max_source_length)
-        targets = batch[data.summary_column_name]
-        labels = tokenizer(text_target=targets, truncation=True, max_length=data.max_target_length)
-        return {**encoded, "labels": labels["input_ids"]}
-
-    return encode
-
-
-def scorer(tokenizer: PreTrainedTokenizerBase) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Generated ids of shape (n, tokens), and labels of such a shape -> scores."""
-    metric = evaluate.load(str(METRIC), keep_in_memory=True)
-
-    def texts(ids: np.ndarray) -> list[str]:
-        return tokenizer.batch_decode(np.where(ids < 0, tokenizer.pad_token_id, ids), skip_special_tokens=True)
-
-    return lambda pair: metric.compute(predictions=texts(pair.predictions), references=texts(pair.label_ids))
 
 
 if __name__ == "__main__":

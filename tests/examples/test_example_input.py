@@ -18,7 +18,7 @@ import run_sft
 import run_summarization
 import run_token_classification
 from hf_ssam import SSAMTrainer
-from support import offline, offline_tasks
+from support import offline, offline_tasks, packing, tagging
 from support.cli import UsageError
 
 SENTENCES = {"tokens": [["who", "is", "bach"], ["where", "is", "peru"]] * 8, "ner_tags": [["O", "O", "B-X"]] * 16}
@@ -141,16 +141,16 @@ def test_text_that_cannot_be_used(tmp_path):
 def test_packing_keeps_every_token_in_order_and_says_where_there_are_too_few(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     with pytest.raises(UsageError, match="has no end token to put between texts"):
-        run_clm.packer(tokenizer, run_clm.RunningTextArguments())
+        packing.packer(tokenizer, packing.RunningTextArguments())
     tokenizer.eos_token = "[SEP]"
     rows = Dataset.from_dict({"text": ["what is this", "who", "where is peru now"]})
-    data = run_clm.RunningTextArguments(block_size=5)
-    packed = run_clm.blocks(rows, tokenizer, data, None)
+    data = packing.RunningTextArguments(block_size=5)
+    packed = packing.blocks(rows, tokenizer, data, None)
     flat = "what is this [SEP] who [SEP] where is peru now [SEP]".split()
     assert [tokenizer.convert_ids_to_tokens(ids) for ids in packed["input_ids"]] == [flat[:5], flat[5:10]]
     assert packed["labels"] == packed["input_ids"]
     with pytest.raises(UsageError, match="less than one block: give a --block_size below 50"):
-        run_clm.blocks(rows, tokenizer, run_clm.RunningTextArguments(block_size=50), None)
+        packing.blocks(rows, tokenizer, packing.RunningTextArguments(block_size=50), None)
 
 
 def test_the_perplexity_is_logged_before_and_after_training(tmp_path, tiny):
@@ -172,7 +172,7 @@ def test_the_perplexity_is_logged_before_and_after_training(tmp_path, tiny):
 
 def test_the_first_token_of_a_word_has_its_tag(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    encode = run_token_classification.encoder(tokenizer, run_token_classification.TokenArguments())
+    encode = tagging.encoder(tokenizer, tagging.TokenArguments())
     encoded = encode({"tokens": [["who", "admires", "gymnophobia"]], "ner_tags": [[1, 1, 0]]})
     tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"][0])
     kept = [(token, tag) for token, tag in zip(tokens, encoded["labels"][0], strict=True) if tag != -100]

@@ -28,7 +28,7 @@ from transformers import (
 import run_image_classification
 import run_text_classification
 import run_token_classification
-from support import offline
+from support import offline, text_inputs
 from support.cli import UsageError
 from support.efficientnet_lite0 import processor
 from support.text_data import TextArguments
@@ -133,10 +133,10 @@ def test_text_prediction_needs_no_training_file_and_no_labels(text_model, csv, j
 
 def test_text_f1_averages_over_the_models_classes():
     """Two classes in the file do not make the task binary, whose F1 would be 0 here: it is that of class 1."""
-    score = run_text_classification.scorer(["a", "b", "c"], TextArguments())
+    score = text_inputs.scorer(["a", "b", "c"], TextArguments())
     right = EvalPrediction(predictions=np.eye(3)[[0, 0]], label_ids=np.array([0, 0]))
     assert score(right)["f1"] == 1.0
-    assert run_text_classification.scorer(["a", "b"], TextArguments())(right)["f1"] == 0.0
+    assert text_inputs.scorer(["a", "b"], TextArguments())(right)["f1"] == 0.0
 
 
 def test_text_regression_is_the_models_to_say(tmp_path, csv, judge, text_model):
