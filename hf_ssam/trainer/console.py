@@ -103,9 +103,10 @@ def opening(args: Any, rules: Rules, rho: float, max_steps: int, resumed_at: int
     schedule = "" if args.rho_scheduler_type == "constant" else f" ({args.rho_scheduler_type})"
     passes = max_steps + (second_passes(args, rules, max_steps) if rho > 0 else 0)
     most = "at most " if rules.takes_indices else ""
+    start = f"; resumed at step {resumed_at}" if resumed_at else ""
     return (
         f"{method.name} over {base}, rho {rho:g}{schedule}: {max_steps} steps = {most}{passes} passes over a batch, "
-        f"{passes / max_steps:.3g} times the plain optimizer's{f'; resumed at step {resumed_at}' if resumed_at else ''}"
+        f"{passes / max_steps:.3g} times the plain optimizer's{start}"
     )
 
 

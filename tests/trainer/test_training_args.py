@@ -12,7 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_ssam import METHODS, SSAMArgumentsMixin, SSAMSeq2SeqTrainingArguments, SSAMTrainer, SSAMTrainingArguments
-from hf_ssam.methods.options import Option, parse_optim_args
+from hf_ssam.methods.options import parse_optim_args
 from hf_ssam.trainer.optimizer_names import optim_help
 from tests.support.cases import arguments, bert, text_data
 
