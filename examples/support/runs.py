@@ -14,6 +14,8 @@ from hf_ssam import SSAMTrainingArguments
 from hf_ssam.run_folder import RESULTS
 from hf_ssam.saved.data import RunData
 
+from .offline import hub_name
+
 COSTS = ("_time", "_runtime", "_per_second", "_num_tokens")
 
 
@@ -60,6 +62,7 @@ def conclude(trainer: Trainer, results: dict[str, float], **card: Any) -> dict[s
         `results`, under the names they have in ``all_results.json``, and the ``output_dir``.
     """
     args = trainer.args
+    trainer.card_base_model = hub_name(trainer.model.config._name_or_path)
     if trainer.is_world_process_zero():
         _report(trainer, results)
     if args.push_to_hub:

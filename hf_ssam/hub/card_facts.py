@@ -22,6 +22,7 @@ Log = Sequence[Mapping[str, Any]]
 TIMING = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 TIMING_COLUMNS = tuple(name.replace("_", " ").title() for name in TIMING)
 REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+CACHED = re.compile(r"[/\\]models--([\w.-]+?)(?:--([\w.-]+))?[/\\]snapshots[/\\]")
 
 
 @dataclass(frozen=True)
@@ -166,12 +167,15 @@ def changed_arguments(args: Any) -> dict[str, str]:
 def public_base_model(name: Any, model: Any) -> dict[str, str | None]:
     """The base model's Hub name, or the last part of a local folder's name; neither for a model made from a config.
 
-    The Hub refuses a card whose `base_model` is a path, and a path tells about the machine it is on.
+    The Hub refuses a card whose `base_model` is a path, and a path tells about the machine it is on. The client's own
+    cache has the Hub name in the path.
     """
     known = name[0] if isinstance(name, list) and name else name
     path = known or getattr(model.config, "_name_or_path", None)
     if not path:
         return {"id": None, "folder": None}
+    if cached := CACHED.search(str(path)):
+        return {"id": "/".join(filter(None, cached.groups())), "folder": None}
     if os.path.isdir(path) or not REPO_ID.fullmatch(path):
         return {"id": None, "folder": Path(public(path)).name}
     return {"id": path, "folder": None}

@@ -37,7 +37,7 @@ def listed(value: str | Sequence[str] | None) -> list[str]:
 
 def front_matter(data: ModelCardData, facts: Mapping[str, Any]) -> ModelCardData:
     """The parent's metadata with the tags, a base model that the Hub accepts, and the results as `model-index`."""
-    own = [tag for tag in data.tags or [] if facts["base"]["id"] or not tag.startswith("base_model:")]
+    own = [named for tag in data.tags or [] if (named := _of_base(tag, facts["base"]["id"]))]
     data.tags = list(dict.fromkeys([*listed(own), *facts["tags"]]))
     data.base_model = facts["base"]["id"]
     data.pipeline_tag = data.pipeline_tag or (listed(facts["task"])[0] if facts["task"] else None)
@@ -45,6 +45,13 @@ def front_matter(data: ModelCardData, facts: Mapping[str, Any]) -> ModelCardData
     results = eval_results(facts)
     data.model_name, data.eval_results = (facts["name"], results) if results else (None, None)
     return data
+
+
+def _of_base(tag: str, base: str | None) -> str | None:
+    """A tag of PEFT's, `base_model:adapter:PATH`, with the base model's Hub name; none where there is no name."""
+    if not tag.startswith("base_model:"):
+        return tag
+    return base and ":".join([*tag.split(":")[:-1][:2], base])
 
 
 def eval_results(facts: Mapping[str, Any]) -> list[EvalResult]:

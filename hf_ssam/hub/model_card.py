@@ -75,6 +75,9 @@ class ModelCardMixin(HubMixin):
     card_baseline: str | Path | None = None
     """Folder of the same run with the plain optimizer; where set, the card compares wall time and results with it."""
 
+    card_base_model: str | None = None
+    """Hub name of the base model, where it was loaded from a local folder."""
+
     _metrics_before: Mapping[str, float] = {}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -100,7 +103,7 @@ class ModelCardMixin(HubMixin):
         draw(self.state.log_history, path.parent)
         facts = self._card_facts(card.data, asked)
         is_ours = parent.__func__ is Trainer.create_model_card
-        write_card(path.parent, card.data, facts, None if is_ours else honest(card.text, facts["base"]["folder"]))
+        write_card(path.parent, card.data, facts, None if is_ours else honest(card.text, facts["base"]))
 
     def _card_facts(self, data: ModelCardData, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Everything that the templates and the front matter speak of."""
@@ -120,7 +123,7 @@ class ModelCardMixin(HubMixin):
             "method": method,
             "settings": method_settings(args, method),
             "cost": compute_cost(log, method, self.state.global_step, plain),
-            "base": public_base_model(data.base_model, inner),
+            "base": public_base_model(self.card_base_model or data.base_model, inner),
             "datasets": listed(asked.get("dataset") or asked.get("dataset_name") or data.datasets),
             "dataset_tags": listed(asked.get("dataset_tags") or data.datasets),
             "task": (task := asked.get("tasks") or task_of(inner)),
@@ -177,10 +180,14 @@ def example_of(task: Any) -> str | None:
     return EXAMPLES.get(listed(task)[0]) if task else None
 
 
-def honest(text: str, folder: str | None) -> str:
+def honest(text: str, base: Mapping[str, str | None]) -> str:
     """A parent's text, without a link to a base model that is not on the Hub: TRL writes `[None](…/None)`."""
-    base = "a model trained from scratch" if folder is None else f"a model from the local folder `{folder}`"
-    return re.sub(r"a fine-tuned version of \[([^\]]*)\]\(https://huggingface\.co/(None|/[^)]*)\)", base, text)
+    words = "a model trained from scratch"
+    if base["id"]:
+        words = f"a fine-tuned version of [{base['id']}](https://huggingface.co/{base['id']})"
+    elif base["folder"]:
+        words = f"a model from the local folder `{base['folder']}`"
+    return re.sub(r"a fine-tuned version of \[([^\]]*)\]\(https://huggingface\.co/(None|/[^)]*)\)", words, text)
 
 
 def library_link() -> str | None:

@@ -158,6 +158,8 @@ def test_an_adapter_keeps_its_tags_and_loses_the_path(tmp_path):
     card = card_of(run)
     assert card.data.library_name == "peft" and {"ssam", "lora"} <= set(card.data.tags)
     assert card.data.base_model is None and str(tmp_path) not in str(card)
+    run.card_base_model = "me/bert-tiny"
+    assert card_of(run).data.base_model == "me/bert-tiny"
     assert "from peft import AutoPeftModelForSequenceClassification" in card.text
 
 
@@ -307,6 +309,8 @@ def test_arguments_are_the_parents(trained):
         ("me/base", ("me/base", None)),
         (["me/a", "me/b"], ("me/a", None)),
         ("/data/models/base", (None, "base")),
+        ("/home/me/.cache/huggingface/hub/models--me--base/snapshots/0a1b", ("me/base", None)),
+        ("/cache/models--bert-base-uncased/snapshots/0a1b", ("bert-base-uncased", None)),
     ],
 )
 def test_base_model_is_a_name_that_the_hub_takes(name, expected):
@@ -379,3 +383,8 @@ def test_card_of_an_adapter_names_no_folder_as_its_base(tmp_path, trained):
     adapted.model.save_pretrained(tmp_path / "adapted")  # writes a card with the tag `base_model:adapter:PATH`
     card = card_of(adapted)
     assert "secret" not in card.content and "base_model" not in card.content
+    adapted.card_base_model = "me/bert-tiny"
+    adapted.model.save_pretrained(tmp_path / "adapted")
+    named = card_of(adapted)
+    assert "secret" not in named.content and named.data.base_model == "me/bert-tiny"
+    assert "base_model:adapter:me/bert-tiny" in named.data.tags
