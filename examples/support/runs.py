@@ -62,7 +62,7 @@ def conclude(trainer: Trainer, results: dict[str, float], **card: Any) -> dict[s
         `results`, under the names they have in ``all_results.json``, and the ``output_dir``.
     """
     args = trainer.args
-    trainer.card_base_model = hub_name(trainer.model.config._name_or_path)
+    trainer.card_base_model = hub_name(trainer.model.config.name_or_path)
     if trainer.is_world_process_zero():
         _report(trainer, results)
     if args.push_to_hub:
