@@ -20,166 +20,19 @@ reported as such and is not part of the tolerance.
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
-from hf_ssam import TwoPass
-from hf_ssam.plots.canvas import COLORS, canvas, dress, save
-from hf_ssam.sharpness import edge_of_stability, top_eigenvalues
+from hf_ssam.sharpness import edge_of_stability
 from support import cli
-from support.offline import mnist_5k
+from support.edge_pictures import figure, table
+from support.edge_runs import Run, digits, train
 
-TITLES = {
-    "gd": "Gradient descent",
-    "usam": "USAM: e = ρ g",
-    "sam": "SAM: e = ρ g/‖g‖",
-    "ssam": "SSAM: SAM with d = γ ĝ",
-}
 RADIUS = {"usam": 4.0, "sam": 1.0, "ssam": 1.0}
 """What a ρ of the command line is multiplied by: e = ρ g is shorter than e = ρ g/‖g‖ wherever ‖g‖ < 1."""
-
-
-class Network(nn.Module):
-    """A tanh network with the squared loss on one-hot labels."""
-
-    def __init__(self, inputs: int, width: int = 48, depth: int = 3, classes: int = 10):
-        super().__init__()
-        sizes = [inputs] + [width] * depth
-        hidden = [layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), nn.Tanh())]
-        self.layers = nn.Sequential(*hidden, nn.Linear(width, classes))
-        self.classes = classes
-
-    def forward(self, pixels: torch.Tensor, labels: torch.Tensor) -> SimpleNamespace:
-        """Half the squared distance to the one-hot label, averaged over the rows."""
-        target = nn.functional.one_hot(labels, self.classes).to(pixels.dtype)
-        return SimpleNamespace(loss=0.5 * (self.layers(pixels) - target).square().sum(1).mean())
-
-
-@dataclass
-class Run:
-    """What was measured: one number a measurement in every list."""
-
-    method: str
-    eta: float
-    rho: float
-    steps: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    eigenvalues: list[float] = field(default_factory=list)
-    edges: list[float] = field(default_factory=list)
-    scales: list[float] = field(default_factory=list)
-    stabilities: list[float] = field(default_factory=list)
-
-    def tail(self, values: list[float]) -> np.ndarray:
-        """The last 40 % of `values`."""
-        return np.array(values[int(0.6 * len(values)) :])
-
-    @property
-    def reached(self) -> bool:
-        """Whether λ₁ has come within 5 % of its edge, or above."""
-        return bool(max(np.array(self.eigenvalues) / np.array(self.edges)) > 0.95)
-
-    @property
-    def deviation(self) -> float:
-        """Median of λ₁ / edge − 1 over the plateau."""
-        return float(np.median(self.tail(self.eigenvalues) / self.tail(self.edges)) - 1)
-
-
-def digits(count: int) -> dict[str, torch.Tensor]:
-    """The whole batch: `count` digits of 14 × 14 pixels, centred."""
-    data = mnist_5k()["train"].shuffle(seed=0).select(range(count))
-    pixels = torch.tensor(np.stack([np.asarray(image) for image in data["image"]])).float() / 255
-    pixels = nn.functional.avg_pool2d(pixels[:, None], 2).flatten(1)
-    return {"pixels": pixels - pixels.mean(0), "labels": torch.tensor(data["label"])}
-
-
-def train(method: str, eta: float, rho: float, batch: dict[str, torch.Tensor], time: float, checks: int) -> Run:
-    """Train for `time / eta` steps and measure `checks` times, at w before the step."""
-    torch.manual_seed(0)
-    model, run = Network(batch["pixels"].shape[1]), Run(method, eta, rho)
-    two_pass = TwoPass(model, "sam" if method == "gd" else method, rho=rho)
-    optimizer = torch.optim.SGD(model.parameters(), lr=eta)
-    steps = round(time / eta)
-
-    def forward_backward() -> torch.Tensor:
-        loss = model(**batch).loss
-        loss.backward()
-        return loss
-
-    for step in range(steps + 1):
-        optimizer.zero_grad()
-        report = two_pass.step(forward_backward)
-        if step % max(1, steps // checks) == 0:
-            measure(run, step, report, top_eigenvalues(model, batch, tol=1e-3).values[0])
-        optimizer.step()
-    return run
-
-
-def measure(run: Run, step: int, report, eigenvalue: float) -> None:
-    """Note the eigenvalue, and the edge of the method at this ‖g‖ and γ."""
-    name = "sgd" if run.method == "gd" else run.method
-    norm, scale = report.grad_norm.item(), float(report.scale)
-    run.steps.append(step)
-    run.losses.append(report.loss.item())
-    run.eigenvalues.append(eigenvalue)
-    run.scales.append(scale)
-    edges = edge_of_stability(run.eta, run.rho, norm, name, scale=scale)
-    run.edges.append(edges.edge)
-    run.stabilities.append(edges.stability(eigenvalue))
-
-
-def table(runs: list[Run]) -> str:
-    """Plateaus and edges in Markdown, and the tolerance in the last line."""
-    heads = ("method", "η", "ρ", "plateau of λ₁", "edge there", "λ₁/edge − 1", "stability (edge: 2)", "last loss")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for r in runs:
-        plateau, edge = np.median(r.tail(r.eigenvalues)), np.median(r.tail(r.edges))
-        verdict = f"{100 * r.deviation:+.1f} %" if r.reached else "not reached"
-        stability = np.median(r.tail(r.stabilities))
-        lines.append(
-            f"| {r.method} | {r.eta:g} | {r.rho:g} | {plateau:.2f} | {edge:.2f} | {verdict} | {stability:.2f} "
-            f"| {r.losses[-1]:.4f} |"
-        )
-    return "\n".join([*lines, "", *(tolerance(runs, m) for m in TITLES if any(r.method == m for r in runs))])
-
-
-def tolerance(runs: list[Run], method: str) -> str:
-    """The largest deviation of a method's plateaus, in words."""
-    mine = [r for r in runs if r.method == method]
-    reached = [abs(r.deviation) for r in mine if r.reached]
-    found = f"plateaus within {100 * max(reached):.1f} % of the edge" if reached else "no plateau"
-    return f"{method}: {found} ({len(reached)} of {len(mine)} runs reached it)."
-
-
-def figure(runs: list[Run], etas: list[float], path: Path) -> None:
-    """A row a learning rate, a column a method; λ₁ solid, its predicted edge dashed."""
-    axes = canvas(len(etas), len(TITLES), (3.7, 2.9))
-    for i, eta in enumerate(etas):
-        row = [r for r in runs if r.eta == eta]
-        for ax, (method, title) in zip(axes[i * len(TITLES) :], TITLES.items(), strict=False):
-            panel(ax, [r for r in row if r.method == method], eta)
-            y = f"λ₁ at η = {eta:g}" if method == "gd" else ""
-            dress(ax, title if i == 0 else "", "step" if i == len(etas) - 1 else "", y)
-            ax.set_ylim(0, max(1.25 * 2 / eta, 1.05 * max(max(r.eigenvalues) for r in row)))
-    axes[0].figure.suptitle(
-        "Top Hessian eigenvalue λ₁ (broad) and its predicted edge (dashed); grey: 2/η, the edge of gradient descent"
-    )
-    save(axes[0], path)
-
-
-def panel(ax, runs: list[Run], eta: float) -> None:
-    """The runs of one method and learning rate."""
-    ax.axhline(2 / eta, color="grey", linewidth=6, alpha=0.25)
-    for color, run in zip(COLORS, runs, strict=False):
-        label = f"ρ = {run.rho:g}" if run.rho else None
-        ax.plot(run.steps, run.eigenvalues, color=color, linewidth=2.6, alpha=0.5, label=label)
-        if run.method != "gd":
-            ax.plot(run.steps, run.edges, "--", color=color, linewidth=1.1)
 
 
 def trained(args: argparse.Namespace) -> list[Run]:

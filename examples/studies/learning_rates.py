@@ -22,11 +22,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from edge_of_stability import Network, digits
 from hf_ssam.plots.canvas import canvas, dress, save
 from support.comparison import interval
 from support.comparison_plots import look
 from support.descent import Point, descent
+from support.edge_runs import Network, digits
 from support.study import Row, Settings, StudyPlan
 from support.study_tables import markdown
 

@@ -18,9 +18,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from edge_of_stability import Network, digits
 from hf_ssam.plots.canvas import canvas, dress, save
 from support.descent import descent
+from support.edge_runs import Network, digits
 from support.study import Row, Settings, StudyPlan
 from support.study_tables import Column, Drawn, by_condition, compared
 
