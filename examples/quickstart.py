@@ -1,7 +1,6 @@
 """A whole run with Stable SAM: load, train, evaluate, and save, or push where a repository is named.
 
-python examples/quickstart.py                                     # MiniLM-L6 and TREC questions: needs no hub
-python examples/quickstart.py --model bert-base-uncased --dataset ag_news --push_to me/my-model
+python examples/quickstart.py [--model bert-base-uncased --dataset ag_news]   # neither: MiniLM-L6 and TREC, no hub
 """
 
 from argparse import ArgumentParser
@@ -24,7 +23,7 @@ def main(argv=None):
     names = dict(enumerate(data["train"].features["label"].names))
     model = AutoModelForSequenceClassification.from_pretrained(model, id2label=names, ignore_mismatched_sizes=True)
     args = SSAMTrainingArguments(
-        flags.output_dir or "out/quickstart", optim="ssam", rho=0.05, learning_rate=2e-4, num_train_epochs=1,
+        flags.output_dir or "out/quickstart", optim="ssam", rho=0.01, learning_rate=2e-4, num_train_epochs=1,
         max_steps=int(flags.max_steps or -1), per_device_train_batch_size=32, hub_model_id=flags.push_to,
     )  # fmt: skip
     trainer = SSAMTrainer(
@@ -33,6 +32,7 @@ def main(argv=None):
     )  # fmt: skip
     trainer.train()
     print(trainer.evaluate())
+    trainer.save_state()  # for `hf-ssam plot`
     trainer.push_to_hub() if flags.push_to else trainer.save_model()
 
 

@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 import quickstart
+from hf_ssam.run_folder import read_run
 from support import offline
 from tests.examples.scripts import ROOT
 
@@ -37,6 +38,7 @@ def test_quickstart_trains_evaluates_and_leaves_a_model_that_knows_its_labels(gi
     quickstart.main(given)
     assert "'eval_accuracy': " in capsys.readouterr().out
     assert seen[-1].state.log_history[-2]["ssam/total_passes"] == 4
+    assert "eval_accuracy" in read_run(tmp_path / "out").log[-1]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["id2label"] == {"0": "bad", "1": "good", "2": "so-so"}
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").num_labels == 3
