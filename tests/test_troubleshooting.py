@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import shutil
@@ -130,6 +131,13 @@ def nothing_fetched(place, patch):
     patch.setenv("HF_SSAM_CACHE", str(place))
     patch.setenv("PIP_NO_INDEX", "1")
     fetching.fetch(fetching.Package("no-such-package", "1.0", "0" * 64, "x"))
+
+
+@by("Failed to load CPU gemm_4bit_forward from kernels-community")
+def slow_4_bit_layers(place, patch):
+    """Another package's, on CPUs of one kind: its text is looked up where it is written."""
+    package = Path(importlib.util.find_spec("bitsandbytes").origin).parent
+    return (package / "backends" / "cpu" / "ops.py").read_text()
 
 
 # Data
