@@ -100,7 +100,9 @@ def test_help_shows_ours_and_the_usual_flags_and_all_of_them_when_asked(capsys):
         name in shown["--help"] for name in ("--rho", "--optim ", "--suggest_rho", "--learning_rate", "--help_all")
     )
     assert "--torch_compile_mode" in shown["--help_all"] and "--torch_compile_mode" not in shown["--help"]
-    assert shown["--help"].count("\n") < 230 < 500 < shown["--help_all"].count("\n")
+    assert shown["--help"].count("\n") < 140 < 300 < shown["--help_all"].count("\n")
+    titles = [shown["--help"].index(f"\n{title}:\n") for title in ("sharpness-aware training", "training")]
+    assert titles[0] < shown["--help"].index("--rho ") < titles[1] < shown["--help"].index("--learning_rate ")
     assert "(default: " in shown["--help"]
 
 

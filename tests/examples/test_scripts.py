@@ -17,6 +17,11 @@ SHORT = ["--max_steps", 2, "--max_train_samples", 24, "--max_eval_samples", 8, "
 SHORT += ["--per_device_train_batch_size", 4, "--save_strategy", "no", "--disable_tqdm", "true"]
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("run_*.py")), ids=lambda path: path.stem)
+def test_script_is_read_on_one_or_two_screens(path):
+    assert len(path.read_text().splitlines()) <= 117
+
+
 def perturbed(folder):
     """The perturbation's length at each logged step."""
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
