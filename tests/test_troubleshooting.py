@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
 import pytest
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import httpx
 from torch import nn
 
 from hf_ssam import SSAMTrainer, TwoPass
