@@ -41,6 +41,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         width = shutil.get_terminal_size(fallback=(120, 24)).columns - 2
         super().__init__(prog, max_help_position=34, width=width)
 
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
         choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
         return action.option_strings[0] + (choices if len(choices) < 40 else "")
