@@ -14,6 +14,7 @@ from typing import Any
 
 TRAINER_STATE = "trainer_state.json"
 RESULTS = "all_results.json"
+CURVES = Path("figures", "training_curves.png")
 
 
 @dataclass(frozen=True)

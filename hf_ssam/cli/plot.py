@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..run_folder import read_run
+from ..run_folder import CURVES, read_run
 from ..saved.errors import UsageError
 from .flags import Parser
 
@@ -25,13 +25,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UsageError("figures need matplotlib: pip install matplotlib") from error
-    from ..hub.card_file import FIGURE
     from ..plots import plot_run, plot_runs
     from ..saved.names import short_names
 
     runs = [read_run(source) for source in args.runs]
     if len(runs) == 1:
-        path = args.output or runs[0].folder / "figures" / FIGURE
+        path = args.output or runs[0].folder / CURVES
         plot_run(runs[0].log, path)
     else:
         path = args.output or Path("comparison.png")

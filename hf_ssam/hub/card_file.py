@@ -16,13 +16,12 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..methods import METHODS, Paper, get_method
 from ..plots import plot_run, series
-from ..run_folder import read_run
+from ..run_folder import CURVES, read_run
 from .card_facts import compute_cost, plain_run, result_rows
 from .card_text import front_matter, render
 
 FACTS = "_card.json"
 CARD = "README.md"
-FIGURE = "training_curves.png"
 
 WHOLE, SECTION = "model_card.md", "model_card_section.md"
 
@@ -68,7 +67,7 @@ def rewrite_card(folder: str | Path, baseline: str | Path | None = None) -> Path
 def draw(log: Any, folder: Path) -> None:
     """The curves of the run, where there are some and matplotlib is installed."""
     if find_spec("matplotlib") is not None and len(series(log, "loss")[0]) > 1:
-        plot_run(log, folder / "figures" / FIGURE)
+        plot_run(log, folder / CURVES)
 
 
 def figures(folder: str | Path) -> list[str]:

@@ -22,15 +22,11 @@ _PANELS = (
     ),
     ("Factor γ = ‖g‖/‖ĝ‖ of the step", "γ", (("ssam/scale", "γ"),)),
     (
-        "Norms",
+        "Norms of the gradients",
         "norm",
-        (
-            ("ssam/grad_norm", "‖g‖ at w"),
-            ("ssam/ascent_grad_norm", "‖ĝ‖ at w + e"),
-            ("ssam/perturbation_norm", "‖e‖"),
-        ),
+        (("ssam/grad_norm", "‖g‖ at w"), ("ssam/ascent_grad_norm", "‖ĝ‖ at w + e")),
     ),
-    ("Radius ρ", "ρ", (("ssam/rho", "ρ"),)),
+    ("Perturbation", "length", (("ssam/rho", "radius ρ"), ("ssam/perturbation_norm", "‖e‖"))),
     ("Top Hessian eigenvalue", "λ₁", (("sharpness/top_eigenvalue", "λ₁"),)),
 )
 
@@ -43,7 +39,7 @@ _COMPARED = (
 
 
 def plot_run(source: Source, path: str | Path | None = None) -> list[Axes]:
-    """One run on a page: loss and ascent loss, score, γ, norms, ρ and λ₁ over steps, as far as they were logged.
+    """One run on a page: loss and ascent loss, score, γ, norms, ρ where it varies and λ₁, as far as they were logged.
 
     Args:
         source: see `history`.
@@ -55,13 +51,13 @@ def plot_run(source: Source, path: str | Path | None = None) -> list[Axes]:
     log = history(source)
     panels = [_PANELS[0], *_scores([log]), *_PANELS[1:]]
     drawn = [(t, y, [(series(log, k), label) for k, label in keys]) for t, y, keys in panels]
-    drawn = [(t, y, [c for c in curves if c[0][0]]) for t, y, curves in drawn if any(c[0][0] for c in curves)]
+    drawn = [(t, y, kept) for t, y, curves in drawn if (kept := [c for c in curves if c[0][0]]) and _tells(t, kept)]
     _check(drawn, "loss, accuracy or `ssam/...`")
     columns = min(2, len(drawn))
     axes = canvas(-(-len(drawn) // columns), columns, (5.6, 3.4))
     for ax, (title, y, curves) in zip(axes, drawn, strict=False):
         for i, ((steps, values), label) in enumerate(curves):
-            ax.plot(steps, values, label=label, marker="o" if len(steps) < 12 else None, markersize=3, **style(i))
+            _line(ax, steps, values, label, i)
         log_if_wide(ax, [v for (_, values), _ in curves for v in values])
         dress(ax, title, "optimizer step", y, legend=len(curves) > 1)
     _blank(axes[len(drawn) :])
@@ -84,12 +80,12 @@ def plot_runs(sources: Mapping[str, Source], path: str | Path | None = None) -> 
     panels = [_COMPARED[0], *scores, *_COMPARED[1:]]
     drawn = [p for p in panels if any(series(log, p[2])[0] for log in logs.values())]
     _check(drawn, "loss, accuracy or `sharpness/top_eigenvalue`")
-    columns = min(3, len(drawn))
+    columns = 2 if len(drawn) == 4 else min(3, len(drawn))
     axes = canvas(-(-len(drawn) // columns), columns, (4.8, 3.6))
     for ax, (title, y, key) in zip(axes, drawn, strict=False):
         curves = {name: series(log, key) for name, log in logs.items()}
         for i, (name, (steps, values)) in enumerate(curves.items()):
-            ax.plot(steps, values, label=name, marker="o" if len(steps) < 12 else None, markersize=3, **style(i))
+            _line(ax, steps, values, name, i)
         log_if_wide(ax, [v for _, values in curves.values() for v in values])
         dress(ax, title, "optimizer step", y, legend=ax is axes[0])
     _blank(axes[len(drawn) :])
@@ -127,6 +123,17 @@ def plot_rho_sweep(
     dress(ax, f"{metric.capitalize()} against the radius ρ", "ρ (log scale)", metric)
     save(ax, path)
     return ax
+
+
+def _tells(title: str, curves: Sequence[tuple[tuple[list[int], list[float]], str]]) -> bool:
+    """Whether a panel shows more than one number: a perturbation may be as long at every step."""
+    return title != "Perturbation" or any(max(v) - min(v) > 0.01 * max(map(abs, v)) for (_, v), _ in curves)
+
+
+def _line(ax: Axes, steps: list[int], values: list[float], label: str, index: int) -> None:
+    """A curve; a few points are marked, and two of them are no curve."""
+    look = style(index) | ({"linestyle": "none"} if len(steps) == 2 else {})
+    ax.plot(steps, values, label=label, marker="o" if len(steps) < 12 else None, markersize=4, **look)
 
 
 def _scores(logs: Iterable[Log]) -> list[tuple[str, str, tuple[tuple[str, str], ...]]]:

@@ -83,17 +83,23 @@ class TestRuns:
             "Loss",
             "Evaluation accuracy",
             "Factor γ = ‖g‖/‖ĝ‖ of the step",
-            "Norms",
-            "Radius ρ",
+            "Norms of the gradients",
+            "Perturbation",
             "Top Hessian eigenvalue",
         ]
-        assert curves(axes[4])["ρ"] == (list(range(1, 21)), [0.05 / s for s in range(1, 21)])
+        assert curves(axes[4])["radius ρ"] == (list(range(1, 21)), [0.05 / s for s in range(1, 21)])
         assert curves(axes[5])["λ₁"] == ([0, 10, 20], [1.0, 11.0, 21.0])
         assert curves(axes[0])["training, at w"] == (list(range(1, 21)), [2.0 / s for s in range(1, 21)])
         assert curves(axes[0])["evaluation"] == ([10, 20], [0.3, 0.15])
         assert curves(axes[1])["evaluation"] == ([10, 20], [0.5, 1.0])
         assert all(ax.get_xlabel() == "optimizer step" and ax.get_ylabel() for ax in axes)
         assert is_png(tmp_path / "run.png")
+
+    def test_a_constant_perturbation_has_no_panel_and_two_evaluations_no_line(self):
+        axes = plot_run([{**entry, "ssam/rho": 0.05} if "ssam/rho" in entry else entry for entry in LOG])
+        assert "Perturbation" not in [ax.get_title() for ax in axes]
+        lines = {line.get_label(): line.get_linestyle() for line in axes[0].get_lines()}
+        assert lines == {"training, at w": "-", "training, at w + e": "-", "evaluation": "None"}
 
     def test_a_stock_run_has_fewer_panels(self):
         assert len(plot_run([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}])) == 1
