@@ -1,15 +1,18 @@
-"""Write guides/methods.md, a section for each method of the table: equation, options with their sources, cost, paper.
+"""Write what pages say of the methods: guides/methods.md, a section for each, and the table of the README.
 
 python examples/methods_guide.py
 """
 
 import inspect
+import re
 from pathlib import Path
 
+from hf_ssam.cli.pages import table
 from hf_ssam.methods import METHODS, Method
 from hf_ssam.methods.options import Option
 
 PAGE = Path(__file__).parent / "guides" / "methods.md"
+README = Path(__file__).parents[1] / "README.md"
 HEAD = """# Methods
 
 `python examples/methods_guide.py` writes this page from the table of methods; edit the files in `hf_ssam/methods/`.
@@ -20,6 +23,12 @@ def page() -> str:
     """The whole page."""
     links = " · ".join(f"[`{name}`](#{name})" for name in METHODS)
     return "\n\n".join([HEAD, links, *map(section, METHODS.values())]) + "\n"
+
+
+def readme() -> str:
+    """The README, with the table as it is now."""
+    begin, end = "<!-- methods: begin -->\n", "\n<!-- methods: end -->"
+    return re.sub(f"(?s){begin}.*{end}", lambda _: f"{begin}{table()}{end}", README.read_text())
 
 
 def section(method: Method) -> str:
@@ -57,4 +66,5 @@ def option(name: str, each: Option) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
-    print(PAGE)
+    README.write_text(readme())
+    print(PAGE, README)

@@ -6,12 +6,16 @@ import ast
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch import nn
+
+from hf_ssam import TwoPass
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_ssam"
@@ -126,6 +130,35 @@ def test_top_of_the_package_has_few_entries():
 def test_import_of_the_package_leaves_the_trainer_alone(statement):
     code = f"import sys; {statement}; sys.exit('transformers.trainer' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def files_entered(function: Callable[[], object]) -> set[str]:
+    """Files of hf_ssam of which code runs in a call, but for the constructors that dataclasses write themselves."""
+    found: set[Path] = set()
+    before = sys.getprofile()
+    sys.setprofile(lambda frame, event, _: found.add(Path(frame.f_code.co_filename)) if event == "call" else None)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return {path.relative_to(PACKAGE).as_posix() for path in found if path.is_relative_to(PACKAGE)}
+
+
+def test_plain_step_enters_few_files():
+    """What a reader of a step of `TwoPass("ssam")` has to open; the first one also measures what rounding leaves."""
+    model = nn.Linear(4, 2)
+    engine = TwoPass(model, "ssam", 0.05)
+
+    def run():
+        loss = model(torch.ones(2, 4)).square().mean()
+        loss.backward()
+        return loss
+
+    engine.step(run)
+    model.zero_grad()
+    entered = files_entered(lambda: engine.step(run))
+    assert "engine/two_pass.py" in entered
+    assert len(entered) <= 12, sorted(entered)
 
 
 def test_version_of_the_citation_is_that_of_the_package():

@@ -55,13 +55,14 @@ def measured(subjects: list[Subject], args: argparse.Namespace) -> list[Row]:
 def measure(subject: Subject, pattern: str | None, args: argparse.Namespace, base: float | None) -> Row:
     """One row of the table; memory is counted from `base`."""
     objective = Objective(subject.model, subject.batches, parameters=pattern)
-    row = {"model": subject.name, "data": subject.data, "weights": pattern or "all trainable", "n": objective.size}
-    row |= {"loss": objective.value(), "precision": objective.precision, "cost": {}}
+    row: Row = {"model": subject.name, "data": subject.data, "weights": pattern or "all trainable"}
+    row |= {"n": objective.size, "loss": objective.value(), "precision": objective.precision, "cost": {}}
     how = {"parameters": pattern, "progress": args.progress}
     for name in args.measures:
         begun = time.perf_counter()
         found, peak = resident.peak_of(partial(MEASURES[name], subject, args, how))
         cost = {"work": found.pop("work"), "seconds": time.perf_counter() - begun}
-        row["cost"][name] = cost | {"mib": None if peak is None else peak - base, "weight_mib": subject.weight_mib}
+        mib = None if peak is None or base is None else peak - base
+        row["cost"][name] = cost | {"mib": mib, "weight_mib": subject.weight_mib}
         row |= found
     return row

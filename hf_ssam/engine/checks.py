@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -74,6 +76,7 @@ class StepChecks:
         self._sharded = any(isinstance(m, FSDPModule) for m in model.modules())
         self._known = self._trainable()
         self._looks = self.LOOKS
+        self._displaced = False
 
     def before_step(self) -> None:
         """Refuse parameters that are not the engine's, and gradients that the step would add to.
@@ -82,6 +85,36 @@ class StepChecks:
             ValueError: naming them.
         """
         self._check_parameters()
+        self._check_gradients()
+        self._displaced = False
+        for other in _BEGUN:
+            if other is not self and other._shares_parameters(self._space):
+                other._displaced = True
+        _BEGUN.add(self)
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """A part of a step, before and in which no other engine has begun one on the same weights.
+
+        Raises:
+            RuntimeError: if one has. An engine that nobody goes on with is in no one's way.
+        """
+        self._check_undisturbed()
+        yield
+        self._check_undisturbed()
+
+    def _check_undisturbed(self) -> None:
+        if self._displaced:
+            raise RuntimeError(
+                "model: another TwoPass began a step on these parameters before this step was finished, and both "
+                "would leave their gradient in the same `.grad`; finish one engine's step before the other's begins."
+            )
+
+    def _shares_parameters(self, space: ParameterSpace) -> bool:
+        theirs = {id(p) for p in space.params.values()}
+        return any(id(p) in theirs for p in self._space.params.values())
+
+    def _check_gradients(self) -> None:
         left = [local(p.grad) for p in self._space.params.values() if p.grad is not None]
         if left and self._looks:
             self._looks -= 1
@@ -110,6 +143,10 @@ class StepChecks:
                     f"model: `{stable_name(name)}` is another parameter than when the engine was built; build a new "
                     "TwoPass after a layer is replaced, embeddings are resized or weights are assigned."
                 )
+
+
+_BEGUN: WeakSet[StepChecks] = WeakSet()
+"""Of every engine that has begun a step."""
 
 
 def check_takes_indices(run: RunPass, method: str) -> None:

@@ -21,6 +21,8 @@ from .replay import RandomState, Replay
 PerSampleLoss = Callable[[Mapping[str, Any], Any], Tensor]
 """`(inputs by name, outputs) -> losses`, shape (B,)."""
 
+NO_LOSSES = torch.empty(0)
+
 
 @dataclass
 class RecordedForward:
@@ -28,7 +30,7 @@ class RecordedForward:
 
     Attributes:
         size: number of samples: the first dimension of the first tensor.
-        losses: one a sample, shape (B,), where they were asked for.
+        losses: one a sample, shape (B,), where they were asked for; otherwise empty.
         calls: how often the pass called the model.
         inputs: by name.
         beside: what the losses need beside them.
@@ -38,9 +40,9 @@ class RecordedForward:
     """
 
     size: int = 0
-    losses: Tensor | None = None
+    losses: Tensor = NO_LOSSES
     calls: int = 0
-    inputs: dict[str, Any] | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
     beside: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
     autocast: torch.dtype | None = None
@@ -92,6 +94,7 @@ class ForwardRecorder:
 
         Under the random draws of that call alone: the pass around it may have drawn before. It leaves no trace.
         """
+        assert self._losses_of is not None  # who looks again has asked for losses
         cast = torch.autocast(seen.device, seen.autocast or torch.bfloat16, enabled=seen.autocast is not None)
         with self._replay.replaying(self._replay.snapshot_buffers()), torch.no_grad(), cast:
             if seen.rng is not None:

@@ -51,10 +51,8 @@ class Buffers(ModuleState):
     """The most elements that an integer buffer may have and be put back."""
 
     def __init__(self, model: nn.Module):
-        slots = [(m, n) for m in model.modules() for n, b in m._buffers.items() if b is not None]
-        self._slots = [
-            (m, n) for m, n in slots if m._buffers[n].is_floating_point() or m._buffers[n].numel() <= self.COUNTER
-        ]
+        held = ((m, n, b) for m in model.modules() for n, b in m._buffers.items() if b is not None)
+        self._slots = [(m, n) for m, n, b in held if b.is_floating_point() or b.numel() <= self.COUNTER]
 
     def is_empty(self) -> bool:
         """Whether there is no buffer."""
@@ -62,7 +60,7 @@ class Buffers(ModuleState):
 
     def save(self) -> tuple[list[Tensor], Snapshot]:
         """The tensors, and a copy of every value that can change."""
-        held = [module._buffers[name] for module, name in self._slots]
+        held: list[Any] = [module._buffers[name] for module, name in self._slots]
         return held, Snapshot(local(b) for b in held if _can_be_written(local(b)))
 
     def restore(self, saved: tuple[list[Tensor], Snapshot]) -> None:

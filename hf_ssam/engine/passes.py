@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -69,7 +69,7 @@ class Displacement:
 
     def _check_survival(self, w: Vector, u: Vector, rho: float) -> None:
         """Once, and only where a perturbed weight is in low precision: measure what rounding left of the step."""
-        if self._survival_known or not w:
+        if self._survival_known or not w or self._snapshot is None:
             return
         self._survival_known = True
         if is_low_precision(list(w.values())):
@@ -143,14 +143,15 @@ class Passes:
         offset = window.first_offset.u
         with self.displacement.by(offset, window.rho) if offset else nullcontext(), self._watched(window, record):
             loss, record.forward = self._run(window, record, record.index)
-        window.loss = window.loss + loss
+        window.loss = loss if len(window.records) == 1 else window.loss + loss
         return loss
 
     def second(self, window: AccumulationWindow) -> Tensor:
         """Run the window once more, where the weights are now; returns the sum of its losses."""
         self.ranks.buffers_due = window.buffers_due
         with self._replay.replaying(window.buffers_seen):
-            return sum(self._again(window, record) for record in window.records)
+            losses = [self._again(window, record) for record in window.records]
+        return sum(losses[1:], losses[0])
 
     def _again(self, window: AccumulationWindow, record: MicroBatchRecord) -> Tensor:
         index = record.index if self._selection is None else self._selection.narrow(record)
@@ -175,9 +176,10 @@ class Passes:
 
     def _run(
         self, window: AccumulationWindow, record: MicroBatchRecord, index: Tensor | None
-    ) -> tuple[Tensor, RecordedForward | None]:
-        looks = self._recorder is not None and window.rho > 0
-        recording = self._recorder.recording(record.labels_of(index)) if looks else nullcontext()
+    ) -> tuple[Tensor, RecordedForward]:
+        recording: AbstractContextManager[RecordedForward] = nullcontext(RecordedForward())
+        if self._recorder is not None and window.rho > 0:
+            recording = self._recorder.recording(record.labels_of(index))
         with self.ranks.context(), recording as forward:
             loss = record.run() if index is None else record.run(index)
         if not isinstance(loss, Tensor) or loss.numel() != 1:

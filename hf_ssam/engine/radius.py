@@ -184,7 +184,8 @@ def _measured(two_pass: TwoPass, step: Step) -> StepReport:
 
 def _read(reports: Sequence[StepReport], mean_over_ranks: Callable[[Tensor], Tensor]) -> list[tuple[float, float]]:
     """Loss and rise of each step; a rise that is not finite is infinite."""
-    pairs = torch.stack([torch.stack([r.loss.float(), r.ascent_loss.to(r.loss.device).float()]) for r in reports])
+    both = ((r.loss.float(), r.ascent_loss.to(r.loss.device).float()) for r in reports if r.ascent_loss is not None)
+    pairs = torch.stack([torch.stack(pair) for pair in both])
     found = []
     for here, there in mean_over_ranks(pairs).tolist():
         if not 0 < here < math.inf:

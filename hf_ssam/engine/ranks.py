@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -105,14 +106,14 @@ class Ranks:
 
     def average(self) -> None:
         """Average `.grad` over the ranks where the passes did not; a gradient that a rank lacks counts as zero."""
-        if self.scope == "global" or self.world_size == 1:
+        if self.scope == "global" or self._ddp is None or self.world_size == 1:
             return
         self.buffers_due = True
-        params = self._present()
+        params = self._present(self._ddp)
         for p in params:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        _average([p.grad for p in params], self._ddp.process_group)
+        _average([p.grad for p in params if p.grad is not None], self._ddp.process_group)
 
     def average_over_data(self, tensors: list[Tensor]) -> None:
         """Average in place, over the ranks whose batches differ, gradients that no host reduces."""
@@ -141,10 +142,11 @@ class Ranks:
             )
         if self._left_over:
             self._left_over = False
-            for module in (m for root in self._fsdp for m in root.modules() if isinstance(m, FSDPModule)):
-                module.unshard()
-                module.zero_grad(set_to_none=True)
-                module.reshard()
+            for module in (m for root in self._fsdp for m in cast(nn.Module, root).modules()):
+                if isinstance(module, FSDPModule):
+                    module.unshard()
+                    module.zero_grad(set_to_none=True)
+                    module.reshard()
 
     def place(self, position: int) -> int:
         """The number of this rank's micro-batch `position` among those of all ranks: no other of the step has it."""
@@ -189,7 +191,7 @@ class Ranks:
         dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self._group)
         return votes.bool()
 
-    def _present(self) -> list[nn.Parameter]:
+    def _present(self, ddp: DistributedDataParallel) -> list[nn.Parameter]:
         """Parameters that some rank has a gradient for.
 
         Where DDP does not look for unused parameters, every one must have a gradient and none is asked. Where it
@@ -197,10 +199,10 @@ class Ranks:
         used keeps `grad = None`, since AdamW would decay it by a zero gradient.
         """
         params = list(self.space.params.values())
-        if not self._ddp.find_unused_parameters:
+        if not ddp.find_unused_parameters:
             return params
         used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
-        dist.all_reduce(used, group=self._ddp.process_group)
+        dist.all_reduce(used, group=ddp.process_group)
         return [p for p, u in zip(params, used.tolist(), strict=True) if u > 0]
 
 

@@ -47,7 +47,7 @@ class SampleSelection:
 
     def __init__(self, selection: Selection, method: str, recorder: ForwardRecorder, dataset_size: int | None):
         self._selection, self._method, self._recorder = selection, method, recorder
-        self._learns, self._size = selection.learn is not None, dataset_size
+        self._learns, self._size = selection.learn is not None, dataset_size or 0
 
     def pick(self, record: MicroBatchRecord, state: MethodState, step: int, ranks: Ranks, position: int) -> None:
         """Choose the samples that both passes of a micro-batch run on.
@@ -55,7 +55,8 @@ class SampleSelection:
         Raises:
             ValueError: if the method must know which samples they are, and was not told, or not right.
         """
-        if self._selection.before is None:
+        before = self._selection.before
+        if before is None and not self._learns:
             return
         if record.ids is None:
             raise ValueError(
@@ -64,7 +65,9 @@ class SampleSelection:
             )
         self._check_ids(record.ids)
         record.ids = record.ids.to(ranks.device)
-        record.index = self._selection.before(Draw(record.ids, state, step, ranks.place(position)))
+        if before is None:
+            return
+        record.index = before(Draw(record.ids, state, step, ranks.place(position)))
         record.first = len(record.index) / len(record.ids)
 
     def narrow(self, record: MicroBatchRecord) -> Tensor | None:
@@ -76,14 +79,18 @@ class SampleSelection:
 
     def note(self, record: MicroBatchRecord, index: Tensor | None, forward: RecordedForward) -> None:
         """Write down what the second pass of a micro-batch cost, and by how much its losses rose."""
-        record.second = record.first if index is record.index else len(index) / record.forward.size
+        if index is None or index is record.index:
+            record.second = record.first
+        else:
+            record.second = len(index) / record.forward.size
         if self._learns:
             record.rises = forward.losses - record.forward.losses
 
     def learn(self, window: AccumulationWindow, state: MethodState, ranks: Ranks) -> None:
         """Take what the losses of a window tell into the scores, from all ranks."""
-        if self._learns:
-            ids = ranks.gathered(torch.cat([r.ids[r.index] for r in window.records]))
+        if self._selection.learn is not None:
+            known = [r.ids if r.index is None else r.ids[r.index] for r in window.records if r.ids is not None]
+            ids = ranks.gathered(torch.cat(known))
             rises = ranks.gathered(torch.cat([r.rises.float() for r in window.records]))
             self._selection.learn(ids, rises, state, self._size)
 

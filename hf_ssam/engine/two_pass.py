@@ -198,14 +198,14 @@ class TwoPass:
             samples: dataset indices of its samples, shape (B,), for methods that keep a score of each.
             labels: its labels, where the host takes them out before the model sees them.
         """
-        if not self.is_open:
+        if (window := self._window) is None:
             raise RuntimeError("first_pass: no step has begun; call begin first, or step, which does it all.")
         record = MicroBatchRecord(run, share, samples, labels)
         with self._abandoned_on_error():
             if self.ranks.scope != "micro_batch":
-                return self._passes.first(self._window, record, self._state, self.clock.steps)
+                return self._passes.first(window, record, self._state, self.clock.steps)
             earlier = self.space.take_grads()
-            window = self._new_window(self._window.loss_scale)
+            window = self._new_window(window.loss_scale)
             loss = self._passes.first(window, record, self._state, self.clock.steps)
             self._reports.append(self._close(window))
             self.space.add_grads_to(earlier)
@@ -217,10 +217,10 @@ class TwoPass:
         Raises:
             RuntimeError: if no step has begun, or none of its first passes has run.
         """
-        if not (self._reports or self.is_open and self._window.records):
+        if (window := self._window) is None or not (self._reports or window.records):
             raise RuntimeError("finish: no step has begun; call begin first, then first_pass for each micro-batch.")
         with self._abandoned_on_error():
-            reports = self._reports or [self._close(self._window)]
+            reports = self._reports or [self._close(window)]
             self.ranks.average()
             report = self._gradients.settled(reports[0] if len(reports) == 1 else merged(reports))
         self._window = None
@@ -274,7 +274,7 @@ class TwoPass:
     def _abandoned_on_error(self) -> Iterator[None]:
         """A step that dies leaves no half-made gradient and no half-made state: the next one starts afresh."""
         try:
-            with self._workspace.in_use():
+            with self._workspace.in_use(), self._checks.undisturbed():
                 yield
         except BaseException:
             self._abandon()

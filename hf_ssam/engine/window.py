@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..rules.tensors import Vector
-from .forward_recorder import RecordedForward
+from .forward_recorder import NO_LOSSES, RecordedForward
 from .replay import RandomState
 
 RunPass = Callable[..., Tensor]
@@ -39,9 +39,9 @@ class MicroBatchRecord:
     labels: Any = None
     rng: RandomState | None = None
     index: Tensor | None = None
-    forward: RecordedForward | None = None
-    logit_gradients: dict[int, Tensor] | None = None
-    rises: Tensor | None = None
+    forward: RecordedForward = field(default_factory=RecordedForward)
+    logit_gradients: dict[int, Tensor] = field(default_factory=dict)
+    rises: Tensor = NO_LOSSES
     first: float = 1.0
     second: float = 0.0
     looks: float = 0.0
@@ -78,7 +78,7 @@ class AccumulationWindow:
         first_offset: what the first passes are displaced by; nothing for most methods.
         position: how many micro-batches of the step came before the window.
         records: the micro-batches.
-        loss: sum of what the first passes returned.
+        loss: sum of what the first passes returned; not there before the first of them.
         share: sum of the micro-batches' shares.
         examples: passes over one sample that a rule asked for.
         at_work: whether the method had something to perturb.
@@ -91,7 +91,7 @@ class AccumulationWindow:
     first_offset: Offset = field(default_factory=Offset)
     position: int = 0
     records: list[MicroBatchRecord] = field(default_factory=list)
-    loss: Tensor | float = 0.0
+    loss: Tensor = field(init=False)
     share: float | Tensor = 0.0
     examples: int = 0
     at_work: bool = False

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard, ModelCardData
@@ -93,7 +93,7 @@ class ModelCardMixin(HubMixin):
         See `transformers.Trainer.create_model_card`: language, license, tags, model_name, finetuned_from, tasks,
         dataset_tags, dataset, dataset_args. TRL's and Sentence Transformers' trainers take their own.
         """
-        parent = super().create_model_card
+        parent: Any = super().create_model_card
         parent(*args, **kwargs)
         if not self.is_world_process_zero() or not self.args.is_sharpness_aware:
             return
@@ -149,8 +149,8 @@ class ModelCardMixin(HubMixin):
 
 def task_of(model: Any) -> str | None:
     """The Hub's name of the task that a transformers class is for."""
-    name = type(model).__name__
-    return next((task for task, mapping in TASK_MAPPING.items() if name in mapping.values()), None)
+    name, tasks = type(model).__name__, cast(dict[str, Mapping[str, str]], TASK_MAPPING)
+    return next((task for task, mapping in tasks.items() if name in mapping.values()), None)
 
 
 def loader(model: Any, processing_class: Any) -> dict[str, Any] | None:

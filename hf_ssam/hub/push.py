@@ -19,7 +19,7 @@ import shlex
 from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import is_peft_model
 from huggingface_hub import constants, get_token, hf_hub_download
@@ -38,6 +38,11 @@ from transformers.utils.hub import hf_api
 
 from .redaction import pickled_without_secrets
 
+if TYPE_CHECKING:
+    from ..trainer.host import Host
+else:
+    Host = object
+
 logger = logging.get_logger(__name__)
 
 NOT_CONTENT = {".gitattributes", "README.md", "LICENSE", ".gitignore"}
@@ -48,7 +53,7 @@ class HubError(RuntimeError):
     """A push that did not happen: one sentence with the way out. Nothing that was trained is lost."""
 
 
-class HubMixin:
+class HubMixin(Host):
     """Goes before any Trainer: checks the repository when it is made, and turns failures into `HubError`."""
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -79,9 +84,9 @@ class HubMixin:
         Raises:
             HubError: where the push failed; it ends with the command that pushes later.
         """
-        pushed = {"token": token, "revision": revision, "private": private}
+        pushed: dict[str, Any] = {"token": token, "revision": revision, "private": private}
         try:
-            job = super().push_to_hub(commit_message, blocking=False, **pushed, **kwargs)
+            job: Any = super().push_to_hub(commit_message, blocking=False, **pushed, **kwargs)
         except HubError as error:
             self.save_model(_internal_call=True)
             self.create_model_card(**{"model_name": self._card_title(), **kwargs})
@@ -135,7 +140,7 @@ class HubMixin:
 
     def _check_repository(self, token: str | None) -> None:
         repo, revision = self.hub_model_id, self.args.hub_revision
-        where = {"revision": revision, "token": token if token is not None else self.args.hub_token}
+        where: dict[str, Any] = {"revision": revision, "token": token if token is not None else self.args.hub_token}
         files = hf_api().list_repo_files(repo, **where)
         configs = [name for name in files if name == "config.json"]
         config = [json.loads(Path(hf_hub_download(repo, name, **where)).read_text("utf-8")) for name in configs]

@@ -108,7 +108,8 @@ def hidden(text: str) -> str:
     for match in _ASSIGNMENT.finditer(text):
         if match.start() >= done and is_secret(match["name"] or match["flag"]):
             pieces += [text[done : match.end()], HIDDEN]
-            done = _VALUE.match(text, match.end()).end()
+            value = _VALUE.match(text, match.end())
+            done = match.end() if value is None else value.end()
     return "".join([*pieces, text[done:]])
 
 
@@ -136,10 +137,10 @@ def pickled_without_secrets(args: Any) -> Iterator[None]:
 
     The Trainer pickles its arguments into each folder that it pushes, `hub_token` among them.
     """
-    kind, table = type(args), copyreg.dispatch_table
+    kind, table, newobj = type(args), copyreg.dispatch_table, copyreg.__newobj__  # type: ignore[attr-defined]
     defaults = {field.name: field.default for field in fields(args)}
     before = table.get(kind)
-    table[kind] = lambda found: (copyreg.__newobj__, (kind,), masked(found.__dict__, defaults.get))
+    table[kind] = lambda found: (newobj, (kind,), masked(found.__dict__, defaults.get))
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +36,7 @@ def dress(ax: Axes, title: str, x: str, y: str, legend: bool = True) -> None:
         ax.legend(frameon=False, fontsize="small")
 
 
-def style(index: int) -> dict[str, str]:
+def style(index: int) -> dict[str, Any]:
     """Colour and line of the `index`-th curve."""
     return {"color": COLORS[index % len(COLORS)], "linestyle": "-" if index < len(COLORS) else ":"}
 
@@ -52,4 +52,4 @@ def save(ax: Axes, path: str | Path | None) -> None:
     """Write the figure that `ax` is part of as a PNG, unless `path` is None."""
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        ax.figure.savefig(path, dpi=120)
+        ax.figure.figure.savefig(path, dpi=120)

@@ -84,7 +84,7 @@ def plot_spectrum(
         height = float(_density(spectrum, spectrum.nodes[-1:], width)[0])
         ax.plot(top, 1.6 * height, "v", color=COLORS[i % len(COLORS)], clip_on=False)
     ax.set_yscale("log")
-    ax.set_ylim(floor, 10 * max(float(max(line.get_ydata())) for line in ax.get_lines()))
+    ax.set_ylim(floor, 10 * max(float(np.max(line.get_ydata())) for line in ax.get_lines()))
     x = f"eigenvalue λ, each drawn as a bell of standard deviation {width:.2g}"
     dress(ax, "Spectral density of the Hessian", x, "density (log scale)")
     save(ax, path)
@@ -160,7 +160,7 @@ def plot_loss_plane(
     return axes[0]
 
 
-def _levels(ax: Axes, plane: Plane, levels: np.ndarray) -> ContourSet:
+def _levels(ax: Axes, plane: Plane, levels: Sequence[float]) -> ContourSet:
     losses = np.ma.masked_invalid(plane.losses)
     filled = ax.contourf(plane.distances, plane.distances, losses, levels=levels, cmap="viridis")
     ax.contour(plane.distances, plane.distances, losses, levels=levels, colors="white", linewidths=0.4, alpha=0.6)

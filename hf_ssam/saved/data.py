@@ -48,14 +48,14 @@ class RunData:
     seed: int | None = None
 
     @property
-    def name(self) -> str | None:
-        """How tables and figures call it; None where it is nothing."""
+    def name(self) -> str:
+        """How tables and figures call it; empty where it is nothing."""
         if self.file:
             return _short(self.file)
         if self.offline:
             return f"{self.offline} (offline), {self.split}"
         config = f" {self.dataset_config_name}" if self.dataset_config_name else ""
-        return f"{_short(self.dataset_name)}{config}, {self.split}" if self.dataset_name else None
+        return f"{_short(self.dataset_name)}{config}, {self.split}" if self.dataset_name else ""
 
     def read(self) -> Dataset:
         """The examples.
@@ -73,13 +73,13 @@ class RunData:
     def _read(self) -> Dataset | DatasetDict:
         if self.offline:
             return _brought(self.offline)
-        if not self.file:
+        if self.dataset_name and not self.file:
             return _named(self.dataset_name, self.dataset_config_name)
-        place = Path(self.file)
+        place = Path(self.file or "")
         if not place.is_dir():
             return read_file(place)
         holds_files = any(path.suffix in {*READERS, ".arrow"} for path in place.iterdir())
-        return _named(self.file) if holds_files else read_folder(place, least=1)
+        return _named(str(place)) if holds_files else read_folder(place, least=1)
 
     def write(self, folder: Path) -> None:
         """Leave it in `folder`."""

@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from .errors import UsageError
 
-READERS = {
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("csv", {"keep_default_na": False}),
     ".tsv": ("csv", {"keep_default_na": False, "delimiter": "\t"}),
     ".json": ("json", {}),

@@ -43,7 +43,7 @@ def finished_names(config: PreTrainedConfig, kind: str, owner: str) -> list[str]
     if not any(name.endswith(kind) for name in config.architectures or []):
         found = ", ".join(config.architectures or ["a model of no known class"])
         raise UsageError(f"{owner} has no head for this task (it is {found}): add --do_train, or give a trained model")
-    names = [config.id2label[number] for number in range(config.num_labels)]
+    names = _numbered(config)
     if len(names) > 1 and _has_numbers_only(names):
         print(f"{owner} only numbers its classes: labels that are numbers are taken for these")
     return names
@@ -51,7 +51,7 @@ def finished_names(config: PreTrainedConfig, kind: str, owner: str) -> list[str]
 
 def ordered_as(config: PreTrainedConfig, names: list[str]) -> list[str]:
     """`names` in the order of a model that has just these classes, so that training goes on with its head."""
-    own = [config.id2label[number] for number in sorted(config.id2label or {})]
+    own = _numbered(config)
     return own if sorted(own) == sorted(names) else names
 
 
@@ -90,6 +90,11 @@ def not_known(owner: str, names: list[str]) -> str:
 def shown(names: list[str]) -> str:
     """`names`, the first dozen of them."""
     return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+
+
+def _numbered(config: PreTrainedConfig) -> list[str]:
+    """The classes of a model by number."""
+    return [name for _, name in sorted((int(number), name) for number, name in (config.id2label or {}).items())]
 
 
 def _of_one(feature: Any) -> Any:

@@ -132,12 +132,12 @@ def named_data(folder: str, run: RunData | None, args: argparse.Namespace) -> Ru
         data = RunData(**other, columns=data.columns, label_column=data.label_column)
     elif args.split:
         data = replace(data, split=args.split)
-    if data.name is None:
+    if not data.name:
         raise UsageError(
             f"nothing says what {folder} was trained on: name what to measure it on with --data FILE or --dataset_name"
         )
     columns = args.text_column or (args.image_column and [args.image_column]) or data.columns
-    return replace(data, columns=columns, label_column=args.label_column or data.label_column or LABEL)
+    return replace(data, columns=columns, label_column=args.label_column or data.label_column)
 
 
 def judged(
@@ -149,10 +149,10 @@ def judged(
         UsageError: the rows lack a column, or have a label that the model does not know.
     """
     is_image = opened.kind == "ForImageClassification"
-    columns = data.columns or [IMAGE if is_image else TEXT]
-    require_columns(rows, data.name, [*columns, data.label_column])
-    names, unknown = classes(folder, opened, run, rows, data.label_column)
-    labels = labels_of(rows, data.label_column, names, data.name, unknown)
+    columns, label = data.columns or [IMAGE if is_image else TEXT], data.label_column or LABEL
+    require_columns(rows, data.name, [*columns, label])
+    names, unknown = classes(folder, opened, run, rows, label)
+    labels = labels_of(rows, label, names, data.name, unknown)
     if is_image:
         return names, inputs.pictured(
             rows, columns[0], pretrained(AutoImageProcessor, folder), labels, args.batch_size
@@ -165,9 +165,11 @@ def classes(
     folder: str, opened: Opened, run: RunData | None, rows: Dataset, column: str
 ) -> tuple[list[str] | None, str]:
     """The model's classes by number, or None for a score, and the end of a sentence about a label that is none."""
-    if opened.adapter and not (run and run.labels):
-        raise UsageError(f"nothing says which classes {folder} was trained for: measure the folder that its run left")
     if opened.adapter:
+        if run is None or not run.labels:
+            raise UsageError(
+                f"nothing says which classes {folder} was trained for: measure the folder that its run left"
+            )
         return run.labels, not_known(folder, run.labels)
     if not opened.has_head:
         return class_names(column, rows), ""
@@ -188,7 +190,7 @@ def open_model(folder: str) -> Opened:
     config = pretrained(AutoConfig, base)
     architecture = next(iter(config.architectures or []), "")
     own = next((kind for kind in LOADERS if architecture.endswith(kind)), None)
-    kind = PEFT_TASKS.get(settings.task_type if settings else None, own)
+    kind = own if settings is None else PEFT_TASKS.get(settings.task_type, own)
     if kind is None and (config.is_encoder_decoder or not architecture.endswith(HEADLESS)):
         raise UsageError(
             f"{folder} is a {architecture}: measured here are classifiers of texts and images and causal language "

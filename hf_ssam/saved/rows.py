@@ -88,7 +88,7 @@ def written(rows: Rows, columns: list[str], tokenizer: PreTrainedTokenizerBase) 
     """The text of each row: of a column, a prompt and its completion, or messages in the tokenizer's template."""
     texts = [rows[name] for name in columns]
     if columns == ["messages"]:
-        return [tokenizer.apply_chat_template(messages, tokenize=False) for messages in texts[0]]
+        return [str(tokenizer.apply_chat_template(messages, tokenize=False)) for messages in texts[0]]
     return ["".join(parts) for parts in zip(*texts, strict=True)]
 
 

@@ -63,9 +63,10 @@ def _sentence(name: str) -> NotImplementedError:
     return NotImplementedError(f"model: `{name}` has no double backward, so the Hessian cannot be taken; {_WAY_OUT}.")
 
 
-def _functions(loss: Tensor) -> set[type]:
+def _functions(loss: Tensor) -> set[Any]:
     """The Python autograd functions in the graph of `loss`."""
-    seen, functions, stack = set(), set(), [loss.grad_fn]
+    seen, functions = set[Any](), set[Any]()
+    stack = [loss.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:

@@ -30,7 +30,7 @@ class Edges:
     Attributes:
         gd: `2/η`.
         usam: edge of the unnormalised ascent `e = ρg`.
-        sam: edge of the normalised ascent `e = ρg/‖g‖`; None without `grad_norm`.
+        sam: edge of the normalised ascent `e = ρg/‖g‖`; None where ρ > 0 and no `grad_norm` is given.
         ssam: edge of SSAM's renormalised descent; `2/η` without `scale`.
         edge: that of `method`.
         lr, rho, grad_norm, scale, method, normalize: what they were predicted from.
@@ -57,10 +57,10 @@ class Edges:
         return 2 / self._amplified(eigenvalue) if eigenvalue > 0 else math.inf
 
     def _amplified(self, eigenvalue: float) -> float:
-        if self.method == "sgd" or (self.method == "ssam" and self.scale is None):
+        factor = self.scale if self.method == "ssam" else 1.0
+        if self.method == "sgd" or factor is None:
             return eigenvalue
         radius = _radius(self.rho, self.grad_norm, self.normalize)
-        factor = self.scale if self.method == "ssam" else 1.0
         return factor * eigenvalue * (1 + radius * eigenvalue)
 
 
@@ -96,10 +96,11 @@ def edge_of_stability(
     """
     _check(lr, rho, grad_norm, method, scale, normalize)
     normalize = normalize and method not in ("sgd", "usam")
-    sam = None if grad_norm is None else _edge(lr, _radius(rho, grad_norm, True))
+    sam = None if grad_norm is None and rho > 0 else _edge(lr, _radius(rho, grad_norm, True))
     usam = _edge(lr, rho)
     ssam = 2 / lr if scale is None else _edge(lr * scale, _radius(rho, grad_norm, normalize))
-    edge = {"sgd": 2 / lr, "usam": usam, "sam": sam, "ssam": ssam}[method]
+    edge = sam if method == "sam" else {"sgd": 2 / lr, "usam": usam, "ssam": ssam}[method]
+    assert edge is not None  # `_check` has asked for the norm that it needs
     return Edges(2 / lr, usam, sam, ssam, edge, lr, rho, grad_norm, scale, method, normalize)
 
 

@@ -26,7 +26,7 @@ class Eigenvalues:
 
     Attributes:
         values: the k algebraically largest eigenvalues, largest first, in loss per squared unit of weight.
-        vectors: unit eigenvectors by parameter name, one a value; None where they were not asked for.
+        vectors: unit eigenvectors by parameter name, one a value; empty where they were not asked for.
         converged: whether the tolerance was met; otherwise the values are lower bounds (Ritz values).
         products: Hessian-vector products used, each over all batches.
         seconds: wall time.
@@ -36,7 +36,7 @@ class Eigenvalues:
     """
 
     values: tuple[float, ...]
-    vectors: tuple[Vector, ...] | None
+    vectors: tuple[Vector, ...]
     converged: bool
     products: int
     seconds: float
@@ -114,7 +114,7 @@ def solve(
     else:
         solver, found = "scipy", _scipy(objective, start(), k, tol, max_products, vectors, arpack)
     values, columns, converged = found
-    named = tuple(objective.named(c.to(objective.device, objective.dtype)) for c in columns) if vectors else None
+    named = tuple(objective.named(c.to(objective.device, objective.dtype)) for c in columns) if vectors else ()
     return Eigenvalues(
         values=tuple(map(float, values)),
         vectors=named,

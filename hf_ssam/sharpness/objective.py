@@ -203,7 +203,7 @@ class Objective:
             raise ValueError(f"batches: {int(total[1])} batches hold no item that the loss counts; pass at least one.")
         return int(total[0])
 
-    def _sweep(self, visit: Callable[[Tensor, list[Tensor], float], None], offset=None, grad: bool = True) -> None:
+    def _sweep(self, visit: Callable[[Tensor, list[Tensor], float], object], offset=None, grad: bool = True) -> None:
         """Call `visit(loss, leaves, n_b / Σ n_b)` for every batch, and leave no trace."""
         with self._same_function(), sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(grad):
             for batch in self._batches:
@@ -235,7 +235,8 @@ class Objective:
         """The same buffers, draws and mode for every pass; afterwards those that were there."""
         modes = [(m, m.training) for m in self.model.modules()]
         with self._replay.replaying(self._buffers), without_autocast(self.model):
-            self._draws.restore()
+            if self._draws is not None:
+                self._draws.restore()
             try:
                 self.model.train(self.train_mode)
                 yield

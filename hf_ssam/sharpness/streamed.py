@@ -83,7 +83,7 @@ def _add(parts: list[Tensor], share: float, i: int, gradient: Tensor) -> None:
 
 
 def _stream(
-    outputs: Sequence[Tensor | GradientEdge],
+    outputs: Sequence[Tensor] | Sequence[GradientEdge],
     outer: list[Tensor] | None,
     leaves: list[Tensor],
     take: Take,

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .host import Host
+
 
 class _OfClassOrTrainer:
     """A method of `BaseOptimizerMixin` that a class answers as well as a trainer does.
@@ -25,7 +27,7 @@ class _OfClassOrTrainer:
         return partial(self._function, super(BaseOptimizerMixin, owner if trainer is None else trainer))
 
 
-class BaseOptimizerMixin:
+class BaseOptimizerMixin(Host):
     """Gives the host the base optimizer's name wherever it makes an optimizer.
 
     Code that asks `Trainer.get_optimizer_cls_and_kwargs(args)` for the class, as many a `create_optimizer` does, then
@@ -33,7 +35,11 @@ class BaseOptimizerMixin:
     """
 
     @_OfClassOrTrainer
-    def get_optimizer_cls_and_kwargs(parent: Any, args: Any, model: Any = None) -> tuple[Any, Any]:  # noqa: N805
+    def get_optimizer_cls_and_kwargs(  # type: ignore[override]
+        parent: Any,  # noqa: N805
+        args: Any,
+        model: Any = None,
+    ) -> tuple[Any, Any]:
         """The base optimizer's class and arguments; `adasam` brings its own."""
         own = args.method().optimizer if args.is_sharpness_aware else None
         if own is not None:

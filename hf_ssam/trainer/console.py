@@ -14,6 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import is_in_notebook
 
 from ..methods.method import Rules
+from .host import Host
 from .schedules import first_ascent, is_ascent_step
 from .step_log import PREFIX
 
@@ -38,8 +39,10 @@ def shown(entry: Mapping[str, Any], which: str) -> dict[str, Any]:
 
 def _repeated(entry: Mapping[str, Any], ours: Mapping[str, Any]) -> set[str]:
     """The loss, where the Trainer's own is the same number."""
-    pair = (entry.get("loss"), ours.get("loss"))
-    return {"loss"} if None not in pair and math.isclose(*pair, rel_tol=1e-3) else set()
+    stock, own = entry.get("loss"), ours.get("loss")
+    if stock is None or own is None:
+        return set()
+    return {"loss"} if math.isclose(stock, own, rel_tol=1e-3) else set()
 
 
 def _main(ours: Mapping[str, Any]) -> set[str]:
@@ -74,8 +77,9 @@ def notebook_table() -> type[TrainerCallback]:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             super().on_log(args, state, control, logs=logs, **kwargs)
             values = {COLUMNS.get(n, n): logs[PREFIX + n] for n in _columns(logs, args.log_ssam)}
-            if values and args.eval_strategy == "no":  # a table of evaluations has a row for each of these alone
-                self.training_tracker.write_line({"Step": state.global_step, **values})
+            tracker = self.training_tracker
+            if values and tracker and args.eval_strategy == "no":  # a table of evaluations has rows for these alone
+                tracker.write_line({"Step": state.global_step, **values})
 
     return Table
 
@@ -89,7 +93,7 @@ def show_less(callbacks: list[TrainerCallback]) -> None:
     ours: dict[type, Any] = {ProgressCallback: Console, PrinterCallback: Printer}
     if is_in_notebook():
         table = notebook_table()
-        ours[table.__base__] = table
+        ours[table.__mro__[1]] = table
     for index, callback in enumerate(callbacks):
         if type(callback) in ours:
             callbacks[index] = ours[type(callback)]()
@@ -119,7 +123,7 @@ def second_passes(args: Any, rules: Rules, max_steps: int) -> int:
     return -(-perturbed // rules.second_pass.interval)
 
 
-class ConsoleMixin:
+class ConsoleMixin(Host):
     """What a Trainer says on the console, beside its log entries."""
 
     def say(self, text: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .host import READ_IN
+from .host import READ_IN, Host
 
 
 class HookGuard(TrainerCallback):
@@ -33,10 +33,11 @@ class HookGuard(TrainerCallback):
         Raises:
             RuntimeError: if it did not.
         """
-        if not args.is_sharpness_aware:
+        if not self._trainer.args.is_sharpness_aware:
             return
         self._trainer.check_prepared()
-        if self._trainer.two_pass.clock.elapsed != state.global_step:
+        engine = self._trainer.two_pass
+        if engine is not None and engine.clock.elapsed != state.global_step:
             raise RuntimeError(
                 _sentence(self._trainer, "training_step", f"step {state.global_step} had no second pass")
             )
@@ -47,7 +48,7 @@ class HookGuard(TrainerCallback):
         Raises:
             RuntimeError: if it does not.
         """
-        if not args.is_sharpness_aware or args.save_only_model:
+        if not self._trainer.args.is_sharpness_aware or args.save_only_model:
             return
         if self._trainer.engine_saved_at != state.global_step:
             raise RuntimeError(
@@ -60,14 +61,13 @@ class HookGuard(TrainerCallback):
             )
 
 
-class HookGuardMixin:
+class HookGuardMixin(Host):
     """Watches the hooks of a sharpness-aware run; a stock run is left alone.
 
     Attributes:
         engine_saved_at: the step of the last checkpoint that the engine had its part in.
     """
 
-    two_pass: Any = None
     engine_saved_at: int | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

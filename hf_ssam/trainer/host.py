@@ -2,21 +2,32 @@
 
 A private name may move with any release, and a public method that we override may grow a parameter. Each is named here
 with the reason, and `tests/trainer/test_host_contract.py` fails in a second where one is gone, has other parameters,
-or is used and not named. What the mixins ask of the Trainer that they are mixed into is the protocol `Host`.
+or is used and not named. What the mixins ask of the Trainer that they are mixed into is in `Host`, their base.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import Tensor, nn
-    from torch.utils.data import DataLoader
-    from transformers import TrainerState
+    from torch import nn
+    from transformers import Trainer as ParentTrainer
+    from transformers import TrainerState, TrainingArguments
 
+    from ..engine.two_pass import TwoPass
+    from .checkpoints import Settings
+    from .step_log import StepLog
     from .training_args import SSAMArgumentsMixin
+
+    class ParentArguments(TrainingArguments):
+        """Once they are checked."""
+
+        output_dir: str
+
+else:
+    ParentTrainer = ParentArguments = object
 
 READ_IN = {"transformers": "5.23.0", "accelerate": "1.15.0", "torch": "2.13.0"}
 """The versions in which the hooks below were read."""
@@ -200,8 +211,14 @@ HOOKS = (
 """Every such name. A method that was renamed is not called any more: `HookGuardMixin` notices that in a run."""
 
 
-class Host(Protocol):
-    """What the mixins ask of the Trainer that they are mixed into."""
+class Host(ParentTrainer):
+    """The Trainer that a mixin is mixed into, and what the mixins hold in common.
+
+    To the type checker a `transformers.Trainer` whose arguments are ours; when it runs, a class with `two_pass` alone.
+
+    Attributes:
+        two_pass: the engine, built anew whenever training starts; None with a stock optimizer.
+    """
 
     args: SSAMArgumentsMixin
     accelerator: Accelerator
@@ -216,47 +233,15 @@ class Host(Protocol):
     callback_handler: Any
     compute_loss_func: Any
     model_accepts_loss_kwargs: bool
-    current_flos: float
-    current_gradient_accumulation_steps: float
-    hub_model_id: str | None
+    current_flos: Any
+    current_gradient_accumulation_steps: Any
+    hub_model_id: Any
     push_in_progress: Any
     is_fsdp_enabled: bool
     is_deepspeed_enabled: bool
     is_model_parallel: bool
     is_distributed_loading_by_transformers: bool
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train."""
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one micro-batch; returns its loss."""
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss of one micro-batch."""
-
-    def compute_loss_context_manager(self) -> Any:
-        """What a forward runs in."""
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """What one pass over `inputs` costs."""
-
-    def get_train_dataloader(self) -> DataLoader:
-        """The training batches."""
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
-        """The micro-batches of one step, and how many items they count."""
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Write a log entry."""
-
-    def add_callback(self, callback: Any) -> None:
-        """Add a callback."""
-
-    def pop_callback(self, callback: Any) -> Any:
-        """Remove a callback, if it is there."""
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the weights."""
-
-    def is_world_process_zero(self) -> bool:
-        """Whether this process writes."""
+    two_pass: TwoPass | None = None
+    _settings: Settings
+    _step_log: StepLog

@@ -19,11 +19,12 @@ from transformers import Trainer
 
 from ..engine.labels import IGNORED, count_labels
 from ..engine.replay import unchanged
+from .host import Host
 from .micro_batches import MicroBatch
 from .sample_ids import without_ids
 
 
-class LossCountMixin:
+class LossCountMixin(Host):
     """Finds out, with any `optim`, whether a model's own loss heeds `num_items_in_batch`, and mends one that does not.
 
     Only losses that `Trainer.compute_loss` takes from the model are looked at. A `compute_loss` of a subclass, a
@@ -113,9 +114,9 @@ class LossCountMixin:
 
     def _unseen_loss(self, model: nn.Module, inputs: dict[str, Any], count: int) -> Tensor:
         """The model's loss without dropout, in a forward that leaves no trace."""
-        count = torch.tensor(count, device=self.args.device)
+        counted = torch.tensor(count, device=self.args.device)
         with torch.no_grad(), unchanged(model), _evaluating(model), self.compute_loss_context_manager():
-            outputs = model(**inputs, num_items_in_batch=count)
+            outputs = model(**inputs, num_items_in_batch=counted)
         return (outputs["loss"] if isinstance(outputs, dict) else outputs[0]).detach()
 
 

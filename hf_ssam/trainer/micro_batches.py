@@ -11,7 +11,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import recursively_apply
@@ -21,6 +21,10 @@ from transformers.distributed.fsdp import is_fsdp_managed_module
 from ..engine.batches import batch_size, part_of
 from ..engine.two_pass import TwoPass
 from .checks import refuse_other_samples
+from .host import Host
+
+if TYPE_CHECKING:
+    from .mixin import SSAMTrainerMixin
 
 
 @dataclass
@@ -41,7 +45,7 @@ class MicroBatch:
         calls: what the first pass called the model with, in a run's first perturbed step.
     """
 
-    trainer: HostMixin
+    trainer: SSAMTrainerMixin
     step: Callable[..., Tensor]
     model: nn.Module
     inputs: dict[str, Any]
@@ -171,7 +175,7 @@ def _versions(inputs: dict[str, Any]) -> list[int]:
     return [t._version for t in _tensors(inputs) if not t.is_inference()]
 
 
-class HostMixin:
+class HostMixin(Host):
     """What a replayed micro-batch needs of the Trainer that hosts it.
 
     Attributes:
@@ -225,11 +229,12 @@ class HostMixin:
     def compares_inputs(self) -> bool:
         """Whether this is the first perturbed step of a run, whose passes should see the same samples."""
         engine = self.two_pass
-        if engine.rho == 0 or not self.args.replay_rng:
+        if engine is None or engine.rho == 0 or not self.args.replay_rng:
             return False
-        if self._first_ascent is None or self._first_ascent[0] is not engine:
-            self._first_ascent = engine, engine.clock.elapsed
-        return self._first_ascent[1] == engine.clock.elapsed
+        first = self._first_ascent
+        if first is None or first[0] is not engine:
+            first = self._first_ascent = engine, engine.clock.elapsed
+        return first[1] == engine.clock.elapsed
 
     def _sync_context(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         if last or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):

@@ -52,16 +52,12 @@ class SSAMTrainerMixin(
     The constructor is the parent's. With `optim` a name in `hf_ssam.METHODS` every optimizer step uses the gradient
     that method computes; with a stock name the parent trains as it always did.
 
-    Attributes:
-        two_pass: the engine, built anew whenever training starts; None with a stock optimizer.
-
     Raises:
         ValueError: for arguments of another class, an empty training set, a model without trainable parameters, or a
             sharpness-aware wrapper as `optimizers=`.
         NotImplementedError: for a parent or a kind of distribution that two passes do not work with.
     """
 
-    two_pass: TwoPass | None = None
     _window_flos = 0.0
     _resumed_at = 0
 
@@ -86,23 +82,24 @@ class SSAMTrainerMixin(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One micro-batch; after the last of a window `.grad` is the descent gradient, the weights untouched."""
-        if self.two_pass is None:
+        engine = self.two_pass
+        if engine is None:
             self.check_prepared()
             return super().training_step(model, inputs, num_items_in_batch)
         last = self.accelerator.sync_gradients
         ids, inputs = ids_of(inputs), without_ids(inputs)
         self._window_flos += float(self.floating_point_ops(inputs))
         whole = MicroBatch(self, super().training_step, model, inputs, num_items_in_batch, last)
-        if not self.two_pass.is_open:
-            self._begin_step()
-        loss = 0.0
+        if not engine.is_open:
+            self._begin_step(engine)
+        losses = []
         for run in whole.split(self.args.num_micro_batches):
             own = ids if ids is None or run.rows is None else ids[run.rows]
             share = self._share(run, num_items_in_batch)
-            loss += self.two_pass.first_pass(run, share, own, run.inputs.get("labels"))
+            losses.append(engine.first_pass(run, share, own, run.inputs.get("labels")))
         if last:
-            self._finish_step()
-        return loss
+            self._finish_step(engine)
+        return sum(losses[1:], losses[0])
 
     def per_sample_loss(self, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
         """The loss of each sample, shape (B,), for methods that select samples; override it for a loss of your own.
@@ -180,7 +177,7 @@ class SSAMTrainerMixin(
         self._settings = Settings(method.name, values, checked_rho(args.rho, method), args.ascent_scope)
         self._step_log = StepLog()
         if resume_from_checkpoint is not None:
-            self._load_engine(resume_from_checkpoint)
+            self._load_engine(self.two_pass, resume_from_checkpoint)
         same_samples = rules.selection is None or rules.selection.between is None
         self._ascent_rise = AscentRise(self.two_pass.clock.steps, same_samples)
         self.say(opening(args, rules, self.two_pass.rho, max_steps, self._resumed_at))
@@ -213,22 +210,22 @@ class SSAMTrainerMixin(
         lr_share = group["lr"] / (group.get("initial_lr", self.args.learning_rate) or 1.0)
         return self._settings.rho * self._rho_factor(step, lr_share)
 
-    def _begin_step(self) -> None:
+    def _begin_step(self, engine: TwoPass) -> None:
         self.optimizer.train()  # here, since the parent's call in the first pass may swap weights (schedule-free)
         step = self.state.global_step
-        self.two_pass.rho = self.rho_at(step)
-        self.two_pass.clock.elapsed, self.two_pass.clock.lr = step, self.optimizer.param_groups[0]["lr"]
-        self.two_pass.begin(self._loss_scale())
+        engine.rho = self.rho_at(step)
+        engine.clock.elapsed, engine.clock.lr = step, self.optimizer.param_groups[0]["lr"]
+        engine.begin(self._loss_scale())
 
     def _loss_scale(self) -> Tensor | None:
         """The GradScaler's scale, on its device: `get_scale` would wait for it."""
         scaler = self.accelerator.scaler
         return None if scaler is None else scaler.scale(torch.ones((), device=self.args.device))
 
-    def _finish_step(self) -> None:
+    def _finish_step(self, engine: TwoPass) -> None:
         """Close the window; a step that is not finite must not be applied, nor move the scheduler."""
-        report = self.two_pass.finish()
-        self._step_log.add(report, self.two_pass.rho)
+        report = engine.finish()
+        self._step_log.add(report, engine.rho)
         self._ascent_rise.add(report)
         # A backward pass costs two forwards, as `floating_point_ops` has it.
         self.current_flos += self._window_flos * (report.forwards - report.passes) / 3
@@ -236,7 +233,7 @@ class SSAMTrainerMixin(
         if self.accelerator.scaler is None:
             skipped = bool(report.skipped)
             if skipped:
-                self.two_pass.space.clear_grads()
+                engine.space.clear_grads()
             # Accelerate sets this flag where a GradScaler skips; the Trainer reads it to hold the scheduler back.
             self.optimizer._is_overflow = skipped
 

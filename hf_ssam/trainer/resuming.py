@@ -9,23 +9,22 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..engine.two_pass import TwoPass
 from .checkpoints import (
-    Settings,
     discard_earlier_save,
     is_whole,
     last_whole_checkpoint,
     load_state,
     save_state,
 )
+from .host import Host
 from .step_log import StepLog
 
 logger = logging.get_logger(__name__)
 
 
-class ResumeMixin:
+class ResumeMixin(Host):
     """Saves and resumes the engine with the Trainer, and knows a half-written checkpoint when it sees one."""
-
-    _settings: Settings
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the parent's; a half-written checkpoint is recognised, named, and passed over where `True` was given.
@@ -48,8 +47,8 @@ class ResumeMixin:
             state = self.two_pass.state_dict()
             save_state(output_dir, self._settings, state, self.args.should_save, self._step_log.total_passes)
 
-    def _load_engine(self, checkpoint: str) -> None:
-        state = load_state(checkpoint, self.two_pass.space.params)
+    def _load_engine(self, engine: TwoPass, checkpoint: str) -> None:
+        state = load_state(checkpoint, engine.space.params)
         if state is None:
             logger.warning(
                 f"{checkpoint} was saved without a sharpness-aware method; {self.args.optim} starts afresh."
@@ -60,7 +59,7 @@ class ResumeMixin:
             logger.warning(f"Resuming {checkpoint} with other settings: {'; '.join(changed)}.")
         self._step_log = StepLog(state["total_passes"])
         if state["method"] == self._settings.method:
-            self.two_pass.load_state_dict(state)
+            engine.load_state_dict(state)
 
     def _whole_checkpoint(self, asked: str | bool | None) -> str | bool | None:
         if isinstance(asked, str | Path):

@@ -10,6 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers.trainer_utils import has_length
 
+from .host import Host
+
 ID = "ssam_index"
 """The column that carries them; the model never sees it."""
 
@@ -63,7 +65,7 @@ def ids_of(inputs: Mapping[str, Any]) -> torch.Tensor | None:
     return inputs.get(ID)
 
 
-class SampleIdMixin:
+class SampleIdMixin(Host):
     """Lets the training batches of a Trainer carry dataset indices, where the method asks for them."""
 
     _wraps_collator = False

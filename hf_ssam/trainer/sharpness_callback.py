@@ -123,7 +123,7 @@ class SharpnessCallback(TrainerCallback):
         method, normalize = _edge_name(self.trainer.args.method()) if rho > 0 else ("sgd", True)
         scale = norm / length(ascended).item() if method == "ssam" and ascended is not None else None
         general = edge_of_stability(lr, rho, norm, "sam")
-        values = {"edge_gd": general.gd, "edge_usam": general.usam, "edge_sam": general.sam}
+        values = {"edge_gd": general.gd, "edge_usam": general.usam, "edge_sam": general.edge}
         if method is not None:
             own: Edges = edge_of_stability(lr, rho, norm, method, scale=scale, normalize=normalize)
             values |= {"edge": own.edge, "stability": own.stability(eigenvalue)}

@@ -7,6 +7,8 @@ every `report_to` show it without a line of ours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,9 @@ class StepLog:
 
     def __init__(self, total_passes: float = 0.0):
         self.total_passes = total_passes
+        self._start()
+
+    def _start(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._steps = 0
@@ -49,7 +54,7 @@ class StepLog:
         self._skipped = self._skipped + report.skipped.float()
         self.total_passes += report.passes
 
-    def drain(self, mean_over_ranks) -> dict[str, float]:
+    def drain(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The entry's `ssam/…` values; starts anew.
 
         Args:
@@ -57,9 +62,10 @@ class StepLog:
         """
         if not self._steps:
             return {}
-        zero = torch.zeros((), device=self._skipped.device)
+        skips = torch.as_tensor(self._skipped)
+        zero = torch.zeros((), device=skips.device)
         columns = [*(self._sums.get(n, zero) for n in FIELDS), *(self._counts.get(n, zero) for n in FIELDS)]
-        *values, skipped = mean_over_ranks(torch.stack([*columns, self._skipped])).tolist()
+        *values, skipped = mean_over_ranks(torch.stack([*columns, skips])).tolist()
         pairs = zip(FIELDS, values[: len(FIELDS)], values[len(FIELDS) :], strict=True)
         entry = {PREFIX + name: total / count for name, total, count in pairs if count}
         if self._perturbed:
@@ -67,5 +73,5 @@ class StepLog:
         entry[PREFIX + "perturbed_steps"] = self._perturbed
         entry[PREFIX + "skipped_steps"] = round(skipped)
         entry[PREFIX + "total_passes"] = self.total_passes
-        self.__init__(self.total_passes)
+        self._start()
         return entry

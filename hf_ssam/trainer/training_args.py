@@ -19,6 +19,7 @@ from ..methods.method import RHO_MAX, checked_rho
 from ..methods.options import parse_optim_args
 from ..rules.budget import RHO_UNITS
 from .console import SHOWN
+from .host import ParentArguments
 from .optimizer_names import OPTIONS_HELP, checked_base, checked_optim, optim_help, plain
 from .schedules import RHO_SCHEDULES, check_schedule
 
@@ -27,7 +28,7 @@ _OF_EVERY_RUN = ("optim", "optim_args", "mend_loss_count", "sharpness_steps", "l
 
 
 @dataclass(repr=False)
-class SSAMArgumentsMixin:
+class SSAMArgumentsMixin(ParentArguments):
     """
     Adds sharpness-aware training to an arguments class: `class MyConfig(SSAMArgumentsMixin, SFTConfig): ...`.
 

@@ -147,3 +147,91 @@ def test_a_descent_that_edits_in_place_is_not_lost_under_a_loss_scale():
             found.append([p.grad.clone() for p in model.parameters()])
         for whole, half in zip(*found, strict=True):
             torch.testing.assert_close(half, whole / 2, rtol=1e-6, atol=0)
+
+
+def engines_of(methods: tuple[str, ...]) -> tuple[nn.Module, list[TwoPass]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    return model, [TwoPass(model, method, 0.1) for method in methods]
+
+
+def steps_of(model: nn.Module, engine: TwoPass, other: TwoPass | None = None) -> list[Tensor]:
+    """The gradients that `engine` leaves, each as one vector; `other` takes a step of no effect after each."""
+    found = []
+    for _ in range(4):
+        engine.step(run_of(model))
+        grads = [p.grad.clone() for p in model.parameters()]
+        if other is not None:
+            kept = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+            model.zero_grad()
+            other.step(run_of(model))
+            model.load_state_dict(kept[0])
+            torch.set_rng_state(kept[1])
+        for p, g in zip(model.parameters(), grads, strict=True):
+            p.grad = g
+        torch.optim.SGD(model.parameters(), 0.1).step()
+        model.zero_grad()
+        found.append(torch.cat([g.flatten() for g in grads]))
+    return found
+
+
+@pytest.mark.parametrize("method", ["ssam", "vasso", "looksam"])
+def test_steps_of_another_engine_leave_an_engine_as_it_would_be_alone(method):
+    """Whole steps in turn: each engine keeps a state of its own, bit for bit."""
+    model, (engine,) = engines_of((method,))
+    alone = steps_of(model, engine)
+    model, (engine, other) = engines_of((method, "vasso"))
+    beside = steps_of(model, engine, other)
+    assert len({float(d.norm()) for d in alone}) == 4
+    assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
+
+
+def micro_batch_first(engine: TwoPass, other: TwoPass, run) -> None:
+    engine.begin()
+    engine.first_pass(run)
+    engine.space.clear_grads()
+    other.step(run)
+    engine.finish()
+
+
+def both_begun(engine: TwoPass, other: TwoPass, run) -> None:
+    engine.begin()
+    other.begin()
+    engine.first_pass(run)
+
+
+def inside_a_pass(engine: TwoPass, other: TwoPass, run) -> None:
+    def nested():
+        other.step(run)
+        return run()
+
+    engine.step(nested)
+
+
+@pytest.mark.parametrize("interleave", [micro_batch_first, both_begun, inside_a_pass])
+def test_steps_of_two_engines_that_overlap_are_refused(interleave):
+    model, (engine, other) = engines_of(("sam", "ssam"))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="model: another TwoPass began a step on these parameters.*finish one"):
+        interleave(engine, other, run_of(model))
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
+    model.zero_grad()
+    engine.step(run_of(model))
+
+
+def test_steps_of_two_engines_that_share_no_parameter_may_overlap():
+    model = nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)])
+    engine, other = (TwoPass(part, "sam", 0.1) for part in model)
+    engine.begin()
+    engine.first_pass(run_of(model[0]))
+    other.step(run_of(model[1]))
+    engine.finish()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_an_engine_that_was_given_up_in_a_step_is_in_no_ones_way():
+    model, (engine, other) = engines_of(("sam", "ssam"))
+    engine.begin()
+    for _ in range(3):
+        other.step(run_of(model))
+        model.zero_grad()
