@@ -107,7 +107,7 @@ def compute_cost(log: Log, method: Method, steps: int, plain: PlainRun | None) -
     scales = [entry["ssam/scale"] for entry in counted if "ssam/scale" in entry]
     end = next((entry for entry in reversed(log) if "train_runtime" in entry), {})
     seconds, resumed_at = end.get("train_runtime"), end.get("train_resumed_at")
-    compared = plain and plain.seconds and seconds and not resumed_at
+    plain_seconds = plain.seconds if plain else None
     return {
         "passes": method.passes,
         "steps": steps,
@@ -118,8 +118,8 @@ def compute_cost(log: Log, method: Method, steps: int, plain: PlainRun | None) -
         "seconds": seconds,
         "resumed_at": resumed_at,
         "plain": plain.name if plain else None,
-        "plain_seconds": plain.seconds if plain else None,
-        "ratio": seconds / plain.seconds if compared else None,
+        "plain_seconds": plain_seconds,
+        "ratio": seconds / plain_seconds if seconds and plain_seconds and not resumed_at else None,
     }
 
 
