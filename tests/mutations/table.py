@@ -115,7 +115,7 @@ METHODS = (
     Mutation("methods/stale_sam.py", "the gradient that is kept is the host's", "**copied(v)}", "**v}", KEPT),
     Mutation("methods/bar.py", "a skipped step is balanced", "finite.to(grows.device, grows.dtype) * (context.rho * context.lr)", "context.rho * context.lr", ON_LORA),
     Mutation("methods/bar.py", "the product changes by more", "1 - a * sign])", "1 / (1 + a * sign)])", ON_LORA),
-    Mutation("methods/flat_lora.py", "noise by the rows of W alone", "torch.addmm(weight.to(dtype), b.to(dtype), a.to(dtype), alpha=layer.scaling)", "weight.to(dtype)", ON_LORA),
+    Mutation("methods/flat_lora.py", "noise by the rows of W alone", "torch.addmm(*given, alpha=layer.scaling, out=merged)", "merged.copy_(weight)", ON_LORA),
     Mutation("methods/flat_lora.py", "all layers draw alike", "self._number + index", "self._number", ON_LORA),
     Mutation("methods/bi_lora.py", "the clip scales each factor by the whole ratio", "torch.sqrt(torch.clamp(context.rho / (length + EPS), max=1.0))", "torch.clamp(context.rho / (length + EPS), max=1.0)", ON_LORA),
     Mutation("methods/bi_lora.py", "a first step that is skipped ends the ascent", "torch.where(begun.to(first.device), kept.to(first), first)", "kept.to(first)", ON_LORA),
