@@ -56,4 +56,5 @@ def predict(trainer: Trainer, rows: Dataset, names: list[str] | None) -> dict[st
         path = Path(trainer.args.output_dir) / "predictions.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         pd.DataFrame({"index": range(len(said)), "prediction": said}).to_csv(path, index=False)
+        print(f"{len(said)} predictions are in {path}", flush=True)
     return output.metrics

@@ -120,13 +120,14 @@ def test_text_label_that_the_model_does_not_know_is_named(text_model, csv, judge
         judge(run_text_classification.main, text_model, "--validation_file", data, "--do_eval")
 
 
-def test_text_prediction_needs_no_training_file_and_no_labels(text_model, csv, judge, tmp_path):
+def test_text_prediction_needs_no_training_file_and_no_labels(text_model, csv, judge, tmp_path, capsys):
     logits, number = text_logits(text_model, TEXTS)
     names = {i: name for name, i in number.items()}
     for extra in ({}, {"label": [""] * 4}):
         data = csv("test.csv", text=TEXTS, **extra)
         results = judge(run_text_classification.main, text_model, "--test_file", data, "--do_predict")
         assert "predict_loss" not in results
+        assert f"4 predictions are in {tmp_path / 'judged' / 'predictions.csv'}" in capsys.readouterr().out
         said = pd.read_csv(tmp_path / "judged" / "predictions.csv")["prediction"]
         assert list(said) == [names[int(i)] for i in logits.argmax(-1)]
 

@@ -369,6 +369,7 @@ def test_card_has_data_labels_and_a_pipeline(tmp_path):
     assert card.data.pipeline_tag == "text-classification"
     assert f"- {len(run.train_dataset)} examples to train on, {len(run.eval_dataset)} to evaluate on" in card.text
     assert "- 2 classes: `good`, <code>b\\|ad</code>" in card.text
+    assert "\n```\n\nOr in one call:\n\n```python\n" in card.text
     assert "print(pipeline('text-classification', model='run')(\"A sentence to classify.\"))" in card.text
 
 
