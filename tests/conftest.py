@@ -11,7 +11,14 @@ from xdist.scheduler import LoadFileScheduling
 
 from tests.support.cases import CASES, MAIN_CASES, Case
 
-PAIRED = {"test_ddp.py", "test_fsdp2.py", "test_methods.py", "test_sharded_state.py", "test_lora.py"}
+PAIRED = {
+    "test_ddp.py",
+    "test_fsdp2.py",
+    "test_methods.py",
+    "test_sharded_state.py",
+    "test_lora.py",
+    "test_tensor_parallel.py",
+}
 """Files of `tests/distributed` whose scenarios are run by two processes that start once."""
 
 FEW = ("ssam", "friendly_sam", "looksam")

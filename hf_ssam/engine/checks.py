@@ -24,9 +24,15 @@ def check_engine(rules: Rules, method: str, ranks: Ranks, replay_rng: bool, data
 
     Raises:
         ValueError: for state that ranks would keep apart, a vector handed on from step to step under a scope that has
-            none, losses compared under different dropout, or scores of samples whose number is not known.
+            none, losses compared under different dropout, scores of samples whose number is not known, or what
+            DeepSpeed does not hand out.
     """
     scope = ranks.scope
+    if ranks.in_deepspeed and (rules.per_example or rules.adapter is not None):
+        raise ValueError(
+            f"deepspeed: method `{method}` needs the gradients of single samples or the weights of LoRA layers, which "
+            "DeepSpeed's engine does not hand out; train with DDP, or choose a method such as ssam."
+        )
     if rules.stateful and scope != "global" and ranks.world_size > 1:
         raise ValueError(
             f"ascent_scope: under `{scope}` every rank would keep its own state of method `{method}`, and they would "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -12,8 +14,20 @@ from transformers.pytorch_utils import Conv1D
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
+def deepspeed_engine(model: nn.Module) -> Any:
+    """`model` where it is DeepSpeed's engine, else None; who does not use DeepSpeed does not wait for its import."""
+    if "deepspeed" not in sys.modules:
+        return None
+    from deepspeed import DeepSpeedEngine
+
+    return model if isinstance(model, DeepSpeedEngine) else None
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, compiled or not; the model itself where there is none."""
+    """The module inside DistributedDataParallel, compiled or not, or DeepSpeed's engine; else the model itself."""
+    engine = deepspeed_engine(model)
+    if engine is not None:
+        return engine.module
     return next((m.module for m in model.modules() if isinstance(m, DistributedDataParallel)), model)
 
 

@@ -44,9 +44,10 @@ class Displacement:
         """Move by `ρ u`; the tensors of a `spent` direction may be overwritten. Only inside `with` is it undone."""
         names = list(parts(u)[0])
         w = self._space.weights(names)
-        self._snapshot = Snapshot(w.values(), self.offload)
+        self._snapshot = Snapshot(self._space.stored(names), self.offload)
         try:
             move(w, u, rho, spent and self._survival_known)
+            self._space.refresh_model()
             torch.clear_autocast_cache()  # one autocast context around both passes would show the second stale casts
             self._check_survival(w, u, rho)
         except BaseException:

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ..rules.space import ParameterSpace
+from .parameters import deepspeed_engine
 
 SCOPES = ("global", "rank", "micro_batch")
 BUCKET_BYTES = 25 * 2**20
@@ -32,12 +33,16 @@ class Ranks:
     """How the passes of a model are synchronised.
 
     Args:
-        model: the model as it is called, wrapped by DistributedDataParallel, sharded by FSDP2, or neither.
+        model: the model as it is called: in DistributedDataParallel, sharded by FSDP2, DeepSpeed's engine, or none of
+            them.
         scope: one of `SCOPES`.
         space: its trainable parameters.
 
     Raises:
-        ValueError: if the scope is unknown, or the model's parameters are sharded and the scope is not `global`.
+        ValueError: if the scope is unknown, or it is not `global` and no rank has a whole gradient of its own.
+
+    Attributes:
+        in_deepspeed: whether DeepSpeed's engine averages gradients, in each backward.
     """
 
     def __init__(self, model: nn.Module, scope: str, space: ParameterSpace):
@@ -45,17 +50,18 @@ class Ranks:
             raise ValueError(f"ascent_scope: `{scope}` does not exist; choose one of {', '.join(SCOPES)}.")
         self._ddp = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
         self._fsdp = tuple(_sharded_roots(model))
+        self.in_deepspeed = deepspeed_engine(model) is not None
         sharded = space.is_sharded or bool(self._fsdp)
-        if scope != "global" and sharded:
+        if scope != "global" and (sharded or self.in_deepspeed):
             raise ValueError(
-                f"ascent_scope: `{scope}` needs each rank's own whole gradient, which a sharded model never holds; "
+                f"ascent_scope: `{scope}` needs each rank's own whole gradient, which FSDP2 and DeepSpeed never hold; "
                 "choose ascent_scope=global, or train with DDP."
             )
         self.scope = scope
         self._left_over = False
         self.space = space
         self._hosts: dist.ProcessGroup | None = None
-        replicas = None if self._ddp is None else self._ddp.process_group
+        replicas = dist.group.WORLD if self.in_deepspeed else None if self._ddp is None else self._ddp.process_group
         self._group = dist.group.WORLD if sharded else replicas
         # Ranks that split layers between them (tensor parallelism) share their samples.
         self._data_group = dist.group.WORLD if self._fsdp else replicas

@@ -21,20 +21,20 @@ from torch import Tensor, nn
 from ..methods.method import Method, checked_rho
 from ..methods.table import get_method
 from ..rules.context import Clock
-from ..rules.space import ParameterSpace
 from ..rules.state import MethodState
 from ..rules.tensors import Workspace
 from . import checks
 from .adapters import adapters_of
 from .forward_recorder import PerSampleLoss
 from .gradients import Gradients
-from .parameters import perturbed_names, trainable, transposed_names, unwrapped
+from .parameters import perturbed_names, trainable, unwrapped
 from .passes import Displacement, Passes
 from .ranks import Ranks
 from .replay import Replay
 from .report import StepReport, merged
 from .sample_selection import observers_of
 from .window import AccumulationWindow, MicroBatchRecord, RunPass
+from .zero import space_of
 
 
 class TwoPass:
@@ -46,7 +46,7 @@ class TwoPass:
         >>> optimizer.step(); optimizer.zero_grad()
 
     Args:
-        model: the model as it is called: plain, compiled, in DistributedDataParallel, or sharded by FSDP2.
+        model: as it is called: plain, compiled, in DistributedDataParallel, sharded by FSDP2, or DeepSpeed's engine.
         method: a name in `METHODS`, or a `Method` from `get_method`.
         rho: radius ρ ≥ 0, in the units of the method's ascent (`METHODS[name].rho` where None); 0 is one plain pass.
             May be set between steps.
@@ -91,7 +91,7 @@ class TwoPass:
         checks.check_sizes(dataset_size=dataset_size, total_steps=total_steps)
         self.method = method if isinstance(method, Method) else get_method(method, **options)
         self.rho = rho
-        self.space = ParameterSpace(trainable(model) if parameters is None else parameters, transposed_names(model))
+        self.space = space_of(model, trainable(model) if parameters is None else parameters)
         self.perturbed = perturbed_names(model, perturb, self.space.params)
         self.clock = Clock(total=total_steps)
         self._checks = checks.StepChecks(model, self.space)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from ..rules.context import NEVER
 from ..rules.noise import filterwise
+from ..rules.rows import whole_rows
 from .esam import SEED
 from .method import Method, Paper, Rules
 
@@ -27,7 +28,7 @@ PAPER = Paper(
 
 def random_perturbation(seed: int) -> Rules:
     """One pass, at `w + e`; nothing is kept."""
-    return Rules(second_pass=NEVER, first_offset=filterwise(seed))
+    return Rules(second_pass=NEVER, first_offset=filterwise(seed), checks=(whole_rows,))
 
 
 METHOD = Method(

@@ -18,6 +18,19 @@ from .space import ParameterSpace
 from .tensors import Vector
 
 
+def whole_rows(space: ParameterSpace, names: tuple[str, ...]) -> None:
+    """A check for methods that look at rows: local tensors have them.
+
+    Raises:
+        ValueError: where they are flat pieces.
+    """
+    if space.is_flat:
+        raise ValueError(
+            "optim: the method looks at the rows of weights, which the partitions of ZeRO stages 1 and 2 cut; set "
+            "stage 0, use DDP or FSDP2, or choose a method such as ssam."
+        )
+
+
 def row_dims(space: ParameterSpace, name: str) -> tuple[int, ...]:
     """The dimensions that a row of parameter `name` runs over."""
     dims = range(space.params[name].dim())

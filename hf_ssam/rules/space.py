@@ -49,7 +49,12 @@ class ParameterSpace:
     Args:
         named: parameters by name, without duplicates (`nn.Module.named_parameters` lists tied weights once).
         transposed: names of weights whose first dimension is the inputs, as in `Conv1D` of GPT-2.
+
+    Attributes:
+        is_flat: whether local tensors are pieces without the parameter's shape.
     """
+
+    is_flat = False
 
     def __init__(self, named: Mapping[str, nn.Parameter], transposed: Iterable[str] = ()):
         self.params = dict(named)
@@ -59,6 +64,13 @@ class ParameterSpace:
     def weights(self, names: Iterable[str] | None = None) -> Vector:
         """Local weights, sharing storage with the model."""
         return {n: local(self.params[n].detach()) for n in (self.params if names is None else names)}
+
+    def stored(self, names: Iterable[str]) -> list[Tensor]:
+        """The tensors that moving the named weights writes to, in the order of `names`."""
+        return list(self.weights(names).values())
+
+    def refresh_model(self) -> None:
+        """Let the model compute with weights that were written to; it does where they are its own."""
 
     def grads(self) -> Vector:
         """Local gradients, sharing storage with `.grad`; a parameter without one is left out."""

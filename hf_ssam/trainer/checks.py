@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType
 from torch import nn
 from transformers.trainer_utils import has_length
 from transformers.utils import is_sagemaker_mp_enabled
 
+from ..engine.parameters import deepspeed_engine, trainable
 from ..methods.adasam import AdaSAM
+from .deferred_step import refuse_deepspeed
 
 _NEXT_BATCH = "its step takes the next batch of a buffer, so the second pass would see other samples"
 _GENERATES = "its step lets the model generate, so the second pass would see other samples"
@@ -87,8 +87,8 @@ def refuse_optimizer(optimizer: Any) -> None:
 def refuse_steps_in_backward(model: nn.Module) -> None:
     """Refuse a model whose parameters run code of the user's own as soon as their gradient is there.
 
-    Such code steps an optimizer to save memory, in the first pass already. Hooks of torch, Transformers and Accelerate
-    average gradients over ranks.
+    Such code steps an optimizer to save memory, in the first pass already. Hooks of torch, Transformers, Accelerate
+    and DeepSpeed average gradients over ranks.
 
     Raises:
         ValueError: naming the first parameter with such a hook.
@@ -104,14 +104,14 @@ def refuse_steps_in_backward(model: nn.Module) -> None:
 def _is_of_a_library(hook: Any) -> bool:
     while isinstance(hook, functools.partial):
         hook = hook.func
-    return str(hook.__module__).partition(".")[0] in ("torch", "transformers", "accelerate")
+    return str(hook.__module__).partition(".")[0] in ("torch", "transformers", "accelerate", "deepspeed")
 
 
 def refuse_launch(trainer: Any) -> None:
     """Refuse kinds of distribution under which a second pass is not the same function, or has no gradient to give.
 
     Raises:
-        NotImplementedError: for DeepSpeed, FSDP version 1, SageMaker model parallelism and `nn.DataParallel`.
+        NotImplementedError: for FSDP version 1, SageMaker model parallelism, `nn.DataParallel` and some of DeepSpeed.
     """
     args = trainer.args
     if args.n_gpu > 1 and not trainer.is_model_parallel:
@@ -120,11 +120,7 @@ def refuse_launch(trainer: Any) -> None:
             f"process a GPU: `accelerate launch --multi_gpu --num_processes {args.n_gpu} script.py …`, or set "
             "CUDA_VISIBLE_DEVICES=0."
         )
-    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise NotImplementedError(
-            f"optim={args.optim} does not support DeepSpeed, which steps inside backward; use FSDP2 instead: "
-            "`accelerate launch --config_file configs/accelerate/fsdp2.yaml …`."
-        )
+    refuse_deepspeed(trainer)
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
         raise NotImplementedError(
             f"optim={args.optim} does not support FSDP version 1, whose flat parameters have no names of their own; "
@@ -188,8 +184,11 @@ def refuse_empty(dataset: Any) -> None:
         raise ValueError("train_dataset: it is empty, so there is nothing to train on; pass at least one sample.")
 
 
-def same_parameters(named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """`named`, and what else `optimizer` steps: a loss of sentence-transformers may have weights of its own."""
+def same_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """What of `model` trains, and what else `optimizer` steps: a loss of sentence-transformers may have weights."""
+    named = trainable(model)
+    if deepspeed_engine(model) is not None:  # what its optimizer steps are flat copies
+        return named
     known = {id(p) for p in named.values()}
     others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
     return {**named, **{f"outside_model.{i}": p for i, p in enumerate(others)}}

@@ -7,8 +7,10 @@ or is used and not named. What the mixins ask of the Trainer that they are mixed
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from .deepspeed_hooks import DEEPSPEED_HOOKS
+from .hook import Hook
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,29 +31,8 @@ if TYPE_CHECKING:
 else:
     ParentTrainer = ParentArguments = object
 
-READ_IN = {"transformers": "5.23.0", "accelerate": "1.15.0", "torch": "2.13.0"}
+READ_IN = {"transformers": "5.23.0", "accelerate": "1.15.0", "torch": "2.13.0", "deepspeed": "0.19.8"}
 """The versions in which the hooks below were read."""
-
-
-@dataclass(frozen=True)
-class Hook:
-    """A name that we lean on.
-
-    Attributes:
-        owner: the class or module that has it, by its import path.
-        name: the name.
-        use: `overrides`, `calls` or `reads` (an attribute, perhaps one that only instances have).
-        parameters: an overridden method's, all of them; a called one's, as many as we give. Empty where a signature
-            cannot be read or is not ours to know.
-        why: what depends on it.
-    """
-
-    owner: str
-    name: str
-    use: Literal["overrides", "calls", "reads"]
-    parameters: tuple[str, ...]
-    why: str
-
 
 TRAINER = "transformers.Trainer"
 ACCELERATOR = "accelerate.Accelerator"
@@ -74,7 +55,6 @@ _FOREACH = (
     "norm",
     "sqrt",
 )
-
 HOOKS = (
     # The run: the engine is built, steps, and is saved here.
     Hook(
@@ -207,6 +187,7 @@ HOOKS = (
         "the card is pushed with the weights",
     ),
     Hook(TRAINER, "_push_from_checkpoint", "overrides", ("checkpoint_folder",), "the same, from a checkpoint"),
+    *DEEPSPEED_HOOKS,
 )
 """Every such name. A method that was renamed is not called any more: `HookGuardMixin` notices that in a run."""
 

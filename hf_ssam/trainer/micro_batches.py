@@ -239,6 +239,8 @@ class HostMixin(Host):
     def _sync_context(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         if last or self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
             return contextlib.nullcontext()
+        if self.is_deepspeed_enabled:  # its engine is told in `backward`
+            return contextlib.nullcontext()
         if self.is_distributed_loading_by_transformers and is_fsdp_managed_module(self.model):
             return self._defer_fsdp_gradient_reduction()
         return self.accelerator.no_sync(model)

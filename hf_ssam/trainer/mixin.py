@@ -26,6 +26,7 @@ from .ascent_rise import AscentRise
 from .base_optimizer import BaseOptimizerMixin
 from .checkpoints import Settings
 from .console import ConsoleMixin, opening, show_less
+from .deferred_step import DeferredStep, deferred_step
 from .hook_guard import HookGuardMixin
 from .loss_counts import LossCountMixin
 from .micro_batches import HostMixin, MicroBatch
@@ -58,6 +59,7 @@ class SSAMTrainerMixin(
         NotImplementedError: for a parent or a kind of distribution that two passes do not work with.
     """
 
+    _deferred_step: DeferredStep | None = None
     _window_flos = 0.0
     _resumed_at = 0
 
@@ -140,7 +142,7 @@ class SSAMTrainerMixin(
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self.two_pass, self._resumed_at = None, self.state.global_step
+        self.two_pass, self._deferred_step, self._resumed_at = None, None, self.state.global_step
         if self.args.is_sharpness_aware:
             self._build_engine(prepared[0], max_steps, resume_from_checkpoint)
         return prepared
@@ -154,6 +156,7 @@ class SSAMTrainerMixin(
         self._ascent_start = first_ascent(args.ascent_start, max_steps)
         self._rho_factor = rho_factor(args.rho_scheduler_type, max_steps, args.get_warmup_steps(max_steps))
         method = args.method()
+        self._deferred_step = deferred_step(self)
         varies = args.ascent_interval > 1 or args.ascent_start > 0 or args.ascent_scope != "global"
         rules = method.build()
         refusals.refuse_static_graph(model, varies or rules.second_pass.varies or rules.takes_indices)
@@ -162,7 +165,7 @@ class SSAMTrainerMixin(
         engine = {
             "scope": args.ascent_scope,
             "perturb": args.perturb,
-            "parameters": refusals.same_parameters(trainable(model), self.optimizer),
+            "parameters": refusals.same_parameters(model, self.optimizer),
             "replay_rng": args.replay_rng,
             "offload_snapshot": args.offload_snapshot,
             "free_snapshot": args.free_snapshot,
@@ -193,7 +196,7 @@ class SSAMTrainerMixin(
                 f"num_micro_batches: {self.args.num_micro_batches} cannot be used with compute_loss_func, whose "
                 "loss may not be a share of the batch; use gradient_accumulation_steps with ascent_scope=micro_batch."
             )
-        if self.args.fp16 and self.accelerator.scaler is None:
+        if self.args.fp16 and self.accelerator.scaler is None and not self.is_deepspeed_enabled:
             warnings.warn(
                 "fp16=True has no effect on this device: no gradient scaler is made and the run is in float32; "
                 "train on a GPU, or drop fp16.",
@@ -217,8 +220,10 @@ class SSAMTrainerMixin(
         engine.clock.elapsed, engine.clock.lr = step, self.optimizer.param_groups[0]["lr"]
         engine.begin(self._loss_scale())
 
-    def _loss_scale(self) -> Tensor | None:
-        """The GradScaler's scale, on its device: `get_scale` would wait for it."""
+    def _loss_scale(self) -> Tensor | float | None:
+        """What losses are multiplied by; a GradScaler's is left on its device, for which `get_scale` would wait."""
+        if self._deferred_step is not None:
+            return self._deferred_step.loss_scale
         scaler = self.accelerator.scaler
         return None if scaler is None else scaler.scale(torch.ones((), device=self.args.device))
 
@@ -230,7 +235,9 @@ class SSAMTrainerMixin(
         # A backward pass costs two forwards, as `floating_point_ops` has it.
         self.current_flos += self._window_flos * (report.forwards - report.passes) / 3
         self._window_flos = 0.0
-        if self.accelerator.scaler is None:
+        if self._deferred_step is not None:
+            self._deferred_step.take(report.skipped, engine.space)
+        elif self.accelerator.scaler is None:
             skipped = bool(report.skipped)
             if skipped:
                 engine.space.clear_grads()

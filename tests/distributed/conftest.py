@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 
@@ -31,6 +32,18 @@ def fsdp2(two_processes: TwoProcesses) -> Runs:
     runs = Runs(two_processes, "fsdp2")
     save_state(runs.folder / "alone", SETTINGS, alone().state_dict(), True, 10.0)
     return runs
+
+
+@pytest.fixture(scope="session")
+def zero(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoProcesses]:
+    """What the scenarios of `deepspeed_worker.py` leave: two ranks of their own, since DeepSpeed marks its process."""
+    if find_spec("deepspeed") is None:
+        pytest.skip(
+            "DeepSpeed is not installed, and nothing of it is tested: pip install -c constraints.txt deepspeed"
+        )
+    processes = TwoProcesses(tmp_path_factory.mktemp("zero"), "deepspeed_worker.py", {"DS_ACCELERATOR": "cpu"})
+    yield processes
+    processes.stop()
 
 
 @pytest.fixture(scope="session")

@@ -58,10 +58,15 @@ class TwoProcesses:
 
     Results stay in `folder`: asked for again, they are read again. A scenario that fails ends both ranks (one may wait
     for the other), and the next one starts new ones.
+
+    Args:
+        folder: where they write.
+        worker: the script of this folder that they run.
+        given: variables of their environment.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, worker: str = "worker.py", given: Mapping[str, str] = MappingProxyType({})):
+        self.folder, self._worker, self._given = folder, worker, given
         self._ranks: list[subprocess.Popen[str]] = []
 
     def __getitem__(self, name: str) -> list[Any]:
@@ -86,8 +91,8 @@ class TwoProcesses:
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
         with open(self.folder / f"rank{rank}.log", "w") as log:
             return subprocess.Popen(
-                [sys.executable, str(HERE / "worker.py"), str(self.folder)],
-                env={**environment(), **{k: str(v) for k, v in variables.items()}},
+                [sys.executable, str(HERE / self._worker), str(self.folder)],
+                env={**environment(), **self._given, **{k: str(v) for k, v in variables.items()}},
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -121,6 +126,12 @@ class Runs:
         """Where scenario `name` has written."""
         assert self[name]
         return self.folder / name
+
+
+def meet() -> None:
+    """Make the group of both ranks, in the folder that the command line names."""
+    meeting = f"file://{sys.argv[1]}/rendezvous"
+    dist.init_process_group("gloo", init_method=meeting, rank=int(os.environ["RANK"]), world_size=WORLD)
 
 
 def main(scenarios: Mapping[str, Scenario]) -> None:

@@ -6,6 +6,8 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +18,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
-from hf_ssam import SSAMTrainer, TwoPass
+from hf_ssam import TwoPass
+from hf_ssam.trainer import deferred_step
 from hf_ssam.trainer.checks import refuse_static_graph
 from tests.distributed.launching import HERE, ROOT, Runs, files_of, run
-from tests.support.cases import Case, assert_identical, bert, case_arguments, text_data
+from tests.support.cases import assert_identical
 
 pytestmark = pytest.mark.distributed
 
@@ -79,14 +82,22 @@ def test_the_example_runs_under_accelerate(example, config, processes, scope, tm
 
 @pytest.mark.parametrize(
     ("name", "kind", "processes"),
-    [("cpu", "NO", 1), ("single_gpu", "NO", 1), ("multi_gpu", "MULTI_GPU", 2), ("fsdp2", "FSDP", 2)],
+    [
+        ("cpu", "NO", 1),
+        ("single_gpu", "NO", 1),
+        ("multi_gpu", "MULTI_GPU", 2),
+        ("fsdp2", "FSDP", 2),
+        ("deepspeed_zero2", "DEEPSPEED", 2),
+    ],
 )
 def test_the_other_configurations_are_read(name, kind, processes):
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
     assert config.distributed_type == DistributedType(kind)
     assert config.num_processes == processes
     assert config.use_cpu == (name == "cpu")
-    assert {p.stem for p in CONFIGS.glob("*.yaml")} == {"cpu", "cpu_two_processes", "fsdp2", "multi_gpu", "single_gpu"}
+    assert {p.stem for p in CONFIGS.glob("*.yaml")} == {
+        "cpu", "cpu_two_processes", "deepspeed_zero2", "fsdp2", "multi_gpu", "single_gpu",
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -133,10 +144,33 @@ def test_layers_sharded_one_by_one_defer_their_reduction(group):
     assert synchronised == [[False, False], [True, True]] * 2
 
 
-def test_deepspeed_is_refused(monkeypatch):
-    trainer = SSAMTrainer(model=bert(), args=case_arguments(Case("ssam")), train_dataset=text_data())
-    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", DistributedType.DEEPSPEED)
-    with pytest.raises(
-        NotImplementedError, match="does not support DeepSpeed, which steps inside backward; use FSDP2"
-    ):
-        trainer._refuse_what_cannot_work()
+def in_deepspeed(**given: Any) -> SimpleNamespace:
+    """A Trainer as far as the check before its engine is made looks at it."""
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED,
+        deepspeed_plugin=SimpleNamespace(zero_stage=given.get("stage", 2)),
+        parallelism_config=SimpleNamespace(sp_enabled=given.get("sp_size", 1) > 1, sp_size=given.get("sp_size", 1)),
+    )
+    args = SimpleNamespace(optim="ssam", suggest_rho=given.get("suggest_rho", False))
+    return SimpleNamespace(accelerator=accelerator, args=args)
+
+
+@pytest.mark.parametrize(
+    ("given", "installed", "said"),
+    [
+        ({}, "0.19.7", "optim=ssam reads gradients of DeepSpeed 0.19.8, and this is 0.19.7; `pip install"),
+        ({"stage": 3}, "0.20.0", "does not support ZeRO stage 3.*set stage 2, as configs/accelerate/deepspeed_zero2"),
+        ({"sp_size": 2}, "0.19.8", r"sequence parallelism \(sp_size=2\); leave it out"),
+        ({"suggest_rho": True}, "0.19.8", "suggest_rho: it takes plain steps.*pass rho="),
+    ],
+)
+def test_deepspeed_is_refused_where_two_passes_do_not_work(monkeypatch, given, installed, said):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: installed)
+    with pytest.raises(NotImplementedError, match=said):
+        deferred_step.refuse_deepspeed(in_deepspeed(**given))
+
+
+def test_deepspeed_is_taken_where_two_passes_work(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.19.8")
+    for stage in (0, 1, 2):
+        deferred_step.refuse_deepspeed(in_deepspeed(stage=stage))

@@ -65,6 +65,14 @@ def shared(folder: Path) -> dict[str, Any]:
     return {"whole": {"weights": weights_of(straight)}, "halves": {"weights": weights_of(again)}}
 
 
+def half() -> dict[str, Any]:
+    """Twenty steps in fp16; a loss scale that the first gradients do not fit in is halved until they do."""
+    args = case_arguments(SSAM, **{**CARD, "max_steps": 20, "per_device_train_batch_size": 4})
+    trainer = trained(llama(), args, lm_data())
+    counts = {"steps": trainer.state.global_step, "scheduled": trainer.lr_scheduler.last_epoch}
+    return {"weights": weights_of(trainer), "log": trainer.state.log_history, **counts}
+
+
 def narrow() -> dict[str, str]:
     args = case_arguments(SSAM, ascent_scope="rank", **CARD)
     trainer = SSAMTrainer(model=llama(), args=args, train_dataset=lm_data())
@@ -97,6 +105,7 @@ def scenario(name: str, folder: Path) -> Callable[[], dict[str, Any]]:
         "plain": lambda: sharded(Case(rest[0]), 4 * int(rest[1])),
         "shards": lambda: sharded(Case(rest[0]), 4),
         "resumed": lambda: shared(folder),
+        "half": half,
         "narrow": narrow,
         "sync_batch_norm": sync_batch_norm,
     }[kind]

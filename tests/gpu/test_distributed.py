@@ -1,4 +1,4 @@
-"""Several GPUs, or one: DDP over NCCL, FSDP2 through Accelerate, SyncBatchNorm. Run with `pytest -m gpu`.
+"""Several GPUs, or one: DDP over NCCL, FSDP2, DeepSpeed, SyncBatchNorm. Run with `pytest -m gpu`.
 
 Needs as many processes as there are GPUs, at most two. On one GPU, FSDP2 still shards (over one rank); what needs two
 ranks says so by asserting how many GPUs there are.
@@ -81,6 +81,40 @@ def test_fsdp2_resumes(tmp_path):
 def test_fsdp2_refuses_the_narrow_scopes(tmp_path):
     for rank in launched("fsdp2.yaml", tmp_path, "narrow", processes()):
         assert rank["said"].startswith("ascent_scope: `rank` needs each rank's own whole gradient")
+
+
+def test_zero_equals_one_gpu(tmp_path):
+    """Law 4, in float32."""
+    count = processes()
+    (alone,) = launched("single_gpu.yaml", tmp_path / "one", f"plain-ssam-{count}", 1)
+    for rank in launched("deepspeed_zero2.yaml", tmp_path / "zero", "shards-ssam", count, "--mixed_precision", "no"):
+        assert_close(rank["weights"], alone["weights"], atol=1e-5)
+
+
+def test_zero_under_bf16_adds_the_perturbation_to_the_master_weights(tmp_path):
+    """The configuration as shipped: pass 2 sees another function though the model's weights are in bfloat16."""
+    first, *others = launched("deepspeed_zero2.yaml", tmp_path, "shards-ssam", processes())
+    steps = [e for e in first["log"] if "ssam/ascent_loss" in e]
+    assert steps and all(e["ssam/ascent_loss"] > e["ssam/loss"] for e in steps)
+    assert all(t.dtype == torch.bfloat16 and t.isfinite().all() for t in first["weights"].values())
+    for rank in others:
+        assert_identical(rank["weights"], first["weights"])
+
+
+def test_zero_under_fp16_skips_what_overflows(tmp_path):
+    """The first loss scale is 2¹⁶ and more: the engine lowers it, on all ranks alike, and the scheduler waits."""
+    first, *others = launched("deepspeed_zero2.yaml", tmp_path, "half", processes(), "--mixed_precision", "fp16")
+    skipped = sum(e.get("ssam/skipped_steps", 0) for e in first["log"])
+    assert 0 < skipped < first["steps"] and first["scheduled"] == first["steps"] - skipped
+    assert all(t.isfinite().all() for t in first["weights"].values())
+    for rank in others:
+        assert_identical(rank["weights"], first["weights"])
+
+
+def test_zero_resumes(tmp_path):
+    """Law 8: the engine's checkpoint, and the method's state beside it."""
+    for rank in launched("deepspeed_zero2.yaml", tmp_path, "resumed", processes()):
+        assert_identical(rank["halves"]["weights"], rank["whole"]["weights"])
 
 
 def test_sync_batch_norm_moves_once_a_step(tmp_path):

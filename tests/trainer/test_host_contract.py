@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from functools import cache, cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc import locate
 from types import CodeType
@@ -81,6 +82,8 @@ def takes_nothing_more(owner: Any, name: str) -> bool:
 
 @pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: f"{hook.owner}.{hook.name}")
 def test_hook_is_there_as_it_was_read(hook):
+    if hook.owner.startswith("deepspeed.") and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: pip install -c constraints.txt deepspeed")
     assert is_there(hook), f"{hook.use} {hook.owner}.{hook.name}{hook.parameters}: {hook.why}"
 
 
