@@ -80,11 +80,6 @@ def test_guide_lists_what_is_provoked_here_and_nothing_else():
     assert sorted(listed()) == sorted(PROVOKED)
 
 
-@pytest.mark.parametrize("message", sorted(PROVOKED))
-def test_message_of_the_guide_is_what_a_user_gets(message, tmp_path, monkeypatch):
-    assert re.search(pattern(message), said(PROVOKED[message], tmp_path, monkeypatch))
-
-
 def ended(*command: object, **given: object) -> str:
     """What a command that fails says on standard error."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **given)
@@ -389,3 +384,11 @@ def offline(place, patch):
     patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     args = arguments(output_dir=str(place), hub_model_id="me/model", hub_token="hf_x")
     SSAMTrainer(bert(), args, train_dataset=rows(8)).push_to_hub()
+
+
+# What is asked of all of them, once they are entered
+
+
+@pytest.mark.parametrize("message", sorted(PROVOKED))
+def test_message_of_the_guide_is_what_a_user_gets(message, tmp_path, monkeypatch):
+    assert re.search(pattern(message), said(PROVOKED[message], tmp_path, monkeypatch))
