@@ -11,6 +11,7 @@ pieces in float64. A GPU sums in a tree and needs none of this.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -74,7 +75,7 @@ class ParameterSpace:
 
     def grads(self) -> Vector:
         """Local gradients, sharing storage with `.grad`; a parameter without one is left out."""
-        return {n: local(p.grad) for n, p in self.params.items() if p.grad is not None}
+        return {n: local(_laid_out(p)) for n, p in self.params.items() if p.grad is not None}
 
     def clear_grads(self) -> None:
         """Set every `.grad` to None."""
@@ -208,6 +209,14 @@ class ParameterSpace:
             if part is not partial:
                 partial[index] = part
         return partial
+
+
+def _laid_out(p: nn.Parameter) -> Tensor:
+    """`p.grad`, split as `p` is: layers that are split by hand (tensor parallelism) may leave it otherwise."""
+    grad = cast(Tensor, p.grad)
+    if isinstance(grad, DTensor) and isinstance(p, DTensor) and grad.placements != p.placements:
+        p.grad = grad = grad.redistribute(placements=p.placements)
+    return grad
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

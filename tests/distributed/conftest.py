@@ -56,3 +56,9 @@ def adapters(two_processes: TwoProcesses) -> Runs:
 def methods(two_processes: TwoProcesses) -> Runs:
     """What those of `methods_worker.py` leave."""
     return Runs(two_processes, "methods")
+
+
+@pytest.fixture(scope="session")
+def tensor(two_processes: TwoProcesses) -> Runs:
+    """What those of `tensor_worker.py` leave."""
+    return Runs(two_processes, "tensor")

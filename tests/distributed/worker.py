@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from tests.distributed import adapters_worker, ddp_worker, fsdp2_worker, methods_worker
+from tests.distributed import adapters_worker, ddp_worker, fsdp2_worker, methods_worker, tensor_worker
 from tests.distributed.launching import main, meet
 
-KINDS = {"adapters": adapters_worker, "ddp": ddp_worker, "fsdp2": fsdp2_worker, "methods": methods_worker}
+KINDS = {
+    "adapters": adapters_worker,
+    "ddp": ddp_worker,
+    "fsdp2": fsdp2_worker,
+    "methods": methods_worker,
+    "tensor": tensor_worker,
+}
 SCENARIOS = {f"{kind}/{name}": run for kind, module in KINDS.items() for name, run in module.SCENARIOS.items()}
 
 if __name__ == "__main__":
