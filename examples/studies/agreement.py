@@ -131,8 +131,8 @@ def divisor(optimizer: torch.optim.Optimizer, weight: Tensor) -> Tensor:
 
 
 def dot(u: list[Tensor], v: list[Tensor]) -> float:
-    """⟨u, v⟩ in float64."""
-    return sum(float(a.double().flatten() @ b.double().flatten()) for a, b in zip(u, v, strict=True))
+    """⟨u, v⟩."""
+    return sum(float(a.flatten() @ b.flatten()) for a, b in zip(u, v, strict=True))
 
 
 def cosine(u: list[Tensor], v: list[Tensor]) -> float:
