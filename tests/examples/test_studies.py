@@ -135,6 +135,10 @@ def test_agreement_on_a_quadratic_is_that_of_two_matrix_products():
     assert (point.at.detach().numpy() == w).all()
 
 
+def test_twins_differ_whatever_the_seed():
+    assert {stability.spare(200, seed) for seed in range(12)} == set(range(200, 200 + stability.SPARE))
+
+
 def test_twins_see_whole_epochs():
     order = stability.batches(10, 4, 7, seed=0)
     assert [len(part) for part in order] == [4, 4, 2, 4, 4, 2, 4]
