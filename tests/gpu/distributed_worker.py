@@ -54,6 +54,13 @@ def sharded(case: Case, size: int, **given: Any) -> dict[str, Any]:
     return {"weights": weights_of(trainer), "log": trainer.state.log_history, "lost": lost}
 
 
+def context(case: Case) -> dict[str, Any]:
+    """A run of `llama` on rows of one length without a mask, as context parallelism asks for."""
+    full = [{name: row["input_ids"].clamp(min=1) for name in ("input_ids", "labels")} for row in lm_data()]
+    args = case_arguments(case, **{**CARD, "per_device_train_batch_size": 4})
+    return {"weights": weights_of(trained(llama(), args, full))}
+
+
 def shared(folder: Path) -> dict[str, Any]:
     """Four steps, and two and a resumption for two more, with a method that has a state."""
     given = {**CARD, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
@@ -104,6 +111,7 @@ def scenario(name: str, folder: Path) -> Callable[[], dict[str, Any]]:
         "halves": lambda: ran(SSAM, gpt2(), lm_data(), per_device_train_batch_size=4, **CARD),
         "plain": lambda: sharded(Case(rest[0]), 4 * int(rest[1])),
         "shards": lambda: sharded(Case(rest[0]), 4),
+        "context": lambda: context(Case("ssam", rho=float(rest[0]))),
         "resumed": lambda: shared(folder),
         "half": half,
         "narrow": narrow,

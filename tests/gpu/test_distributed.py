@@ -63,6 +63,16 @@ def test_fsdp2_equals_one_gpu(tmp_path, method):
         assert_close(rank["weights"], alone["weights"], atol=1e-5)
 
 
+@pytest.mark.parametrize("rho", ["0", "0.05"])
+def test_context_parallelism_equals_one_gpu(tmp_path, rho):
+    """Law 4: two ranks hold a half of each sequence; Accelerate has it under FSDP2 alone, so not on a CPU."""
+    split = ["--use_parallelism_config", "--parallelism_config_cp_size", "2", "--mixed_precision", "no"]
+    ranks = launched("fsdp2.yaml", tmp_path / "split", f"context-{rho}", processes(2), *split)
+    (alone,) = launched("single_gpu.yaml", tmp_path / "one", f"context-{rho}", 1)
+    for rank in ranks:
+        assert_close(rank["weights"], alone["weights"], atol=1e-5)
+
+
 def test_fsdp2_under_bf16_perturbs_float32_weights(tmp_path):
     """The configuration as shipped: pass 2 sees another function, and nothing of the perturbation is lost."""
     for rank in launched("fsdp2.yaml", tmp_path, "shards-ssam", processes()):
