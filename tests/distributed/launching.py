@@ -134,10 +134,17 @@ def meet() -> None:
     dist.init_process_group("gloo", init_method=meeting, rank=int(os.environ["RANK"]), world_size=WORLD)
 
 
-def main(scenarios: Mapping[str, Scenario]) -> None:
+def close_groups() -> None:
+    """Destroy every group but the world's: a scenario's meshes are over, and each of gloo's threads polls on."""
+    for group in [g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD]:
+        dist.destroy_process_group(group)
+
+
+def main(scenarios: Mapping[str, Scenario], after: Callable[[], None] = lambda: None) -> None:
     """Run the scenarios that the command line names, `worker.py FOLDER [NAME …]`, or those that standard input names.
 
-    Each has a folder of its own in FOLDER, by its name. The name of one that is done is written to standard output.
+    Each has a folder of its own in FOLDER, by its name, and `after` cleans up behind it. The name of one that is done
+    is written to standard output.
     """
     torch.set_num_threads(1)
     folder, done = Path(sys.argv[1]), sys.stdout
@@ -148,5 +155,6 @@ def main(scenarios: Mapping[str, Scenario]) -> None:
             result = scenarios[name](folder / name)
         assert dist.get_world_size() == WORLD, f"{dist.get_world_size()} processes in place of {WORLD}"
         torch.save(result, files_of(folder, name)[dist.get_rank()])
+        after()
         print(name, file=done, flush=True)
     dist.destroy_process_group()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.distributed import adapters_worker, ddp_worker, fsdp2_worker, methods_worker, tensor_worker
-from tests.distributed.launching import main, meet
+from tests.distributed.launching import close_groups, main, meet
 
 KINDS = {
     "adapters": adapters_worker,
@@ -16,4 +16,4 @@ SCENARIOS = {f"{kind}/{name}": run for kind, module in KINDS.items() for name, r
 
 if __name__ == "__main__":
     meet()
-    main(SCENARIOS)
+    main(SCENARIOS, close_groups)
