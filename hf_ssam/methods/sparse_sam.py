@@ -21,6 +21,7 @@ from ..rules.ascent import normalize
 from ..rules.context import StepContext, chain
 from ..rules.masks import Refresh, kept_count, largest, masked, n_of_m
 from ..rules.noise import uniform
+from ..rules.rows import whole_rows
 from ..rules.space import ParameterSpace
 from ..rules.tensors import Vector
 from .esam import SEED
@@ -118,6 +119,7 @@ def divides(m: int) -> Callable[[ParameterSpace, tuple[str, ...]], None]:
     """A check that groups of `m` fit every weight that is perturbed, on every shard."""
 
     def check(space: ParameterSpace, names: tuple[str, ...]) -> None:
+        whole_rows(space, names)
         for name, w in space.weights(names).items():
             inputs = w.shape[0] if name in space.transposed else w[0].numel() if w.dim() > 1 and len(w) else m
             if w.dim() > 1 and inputs % m:

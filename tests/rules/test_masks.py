@@ -309,3 +309,13 @@ def test_a_pass_that_takes_no_indices_is_refused():
     with pytest.raises(ValueError, match="run_pass: method `sparse_sam` runs a batch on some of its samples"):
         TwoPass(model, "sparse_sam").step(lambda: loss_of(model, batches[0]))
     sgd_with_engine(model, TwoPass(model, "sparse_sam", mask="dynamic"), batches, lr=0.1)
+
+
+def test_groups_of_neighbours_are_refused_where_tensors_are_flat_pieces():
+    """ZeRO 1 and 2: a vector would be kept whole, and the mask be dense in silence."""
+    from hf_ssam.methods.sparse_sam import divides
+
+    space = ParameterSpace({"w": nn.Parameter(torch.ones(4, 4))})
+    space.is_flat = True
+    with pytest.raises(ValueError, match="rows of weights, which the partitions of ZeRO"):
+        divides(4)(space, ("w",))
