@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_ssam import TwoPass, get_method
 from hf_ssam.engine.parameters import transposed_names
 from hf_ssam.methods.esam import random_subset
-from hf_ssam.methods.sparse_sam import dynamic
+from hf_ssam.methods.sparse_sam import divides, dynamic
 from hf_ssam.rules.context import StepContext
 from hf_ssam.rules.masks import largest, n_of_m
 from hf_ssam.rules.space import ParameterSpace
@@ -313,8 +313,6 @@ def test_a_pass_that_takes_no_indices_is_refused():
 
 def test_groups_of_neighbours_are_refused_where_tensors_are_flat_pieces():
     """ZeRO 1 and 2: a vector would be kept whole, and the mask be dense in silence."""
-    from hf_ssam.methods.sparse_sam import divides
-
     space = ParameterSpace({"w": nn.Parameter(torch.ones(4, 4))})
     space.is_flat = True
     with pytest.raises(ValueError, match="rows of weights, which the partitions of ZeRO"):
