@@ -16,7 +16,7 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 def deepspeed_engine(model: nn.Module) -> Any:
     """`model` where it is DeepSpeed's engine, else None; who does not use DeepSpeed does not wait for its import."""
-    if "deepspeed" not in sys.modules:
+    if sys.modules.get("deepspeed") is None:
         return None
     from deepspeed import DeepSpeedEngine
 

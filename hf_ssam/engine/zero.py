@@ -192,6 +192,7 @@ def _refuse_features(engine: Any) -> None:
     features = {
         f"stage {stage} with {type(optimizer).__name__}": not is_zero and optimizer is not engine.basic_optimizer,
         "an offloaded optimizer": is_zero and optimizer.cpu_offload,
+        "master weights in half precision": is_zero and optimizer.low_precision_master_weights_and_grads,
         "mixture-of-experts layers": engine.has_moe_layers,
         "tensor parallelism of its own": engine.autotp_size() > 1,
         "torch_autocast": engine.torch_autocast_enabled(),

@@ -43,6 +43,7 @@ DEEPSPEED_HOOKS = (
     Hook(ENGINE, "enable_backward_allreduce", "reads", (), _FEATURE),
     Hook(ENGINE, "basic_optimizer", "reads", (), "without ZeRO it is the optimizer itself"),
     Hook(ZERO, "cpu_offload", "reads", (), _FEATURE),
+    Hook(ZERO, "low_precision_master_weights_and_grads", "reads", (), _FEATURE),
     Hook(ZERO, "overflow", "reads", (), "set where a step is skipped"),
     Hook(ZERO, "loss_scale", "reads", (), "what the gradient of a pass is a multiple of"),
     Hook(ZERO, "averaged_gradients", "reads", (), "the reduced gradients, where the step reads them"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from hf_ssam.engine.zero import _refuse_features
 from tests.distributed.fsdp2_worker import lora
 from tests.distributed.launching import TwoProcesses
 from tests.distributed.scenarios import ran, rounding, total_skipped
@@ -141,6 +144,27 @@ def test_state_is_whole_on_every_rank(zero: TwoProcesses, stage):
     for slot, expected in alone.items():
         assert_identical(first[slot], second[slot])
         assert_close(first[slot], expected)
+
+
+def test_half_precision_master_weights_are_refused():
+    """A perturbation would be rounded away in them; no CPU run can have them through the Trainer."""
+    zero = pytest.importorskip("deepspeed.runtime.zero.stage_1_and_2")
+    optimizer = object.__new__(zero.DeepSpeedZeroOptimizer)
+    optimizer.cpu_offload, optimizer.low_precision_master_weights_and_grads = False, True
+    engine = SimpleNamespace(
+        optimizer=optimizer,
+        basic_optimizer=None,
+        has_moe_layers=False,
+        enable_backward_allreduce=True,
+        zero_optimization_stage=lambda: 2,
+        autotp_size=lambda: 1,
+        torch_autocast_enabled=lambda: False,
+        managed_gradient_accumulation=lambda: True,
+    )
+    with pytest.raises(NotImplementedError, match="do not work with master weights in half precision; use ZeRO"):
+        _refuse_features(engine)
+    optimizer.low_precision_master_weights_and_grads = False
+    _refuse_features(engine)
 
 
 def test_what_does_not_work_is_refused(zero: TwoProcesses):

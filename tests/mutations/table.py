@@ -171,7 +171,7 @@ SHARPNESS = (
     Mutation("sharpness/symmetry.py", "asymmetry is let through", "if found > allowed:", "if False:", DOUBLE),
     Mutation("sharpness/symmetry.py", "u and v are one", "for seed in (0, 1))", "for seed in (0, 0))", DOUBLE),
     Mutation("sharpness/objective.py", "a mean of means", "visit(loss, leaves, items / self.total)", "visit(loss, leaves, 1 / 2)", OBJECTIVE),
-    Mutation("sharpness/objective.py", "every pass draws other dropout", "            self._draws.restore()\n", "", (ONE + "test_draws_between_two_measurements_change_neither",)),
+    Mutation("sharpness/objective.py", "every pass draws other dropout", "            if self._draws is not None:\n                self._draws.restore()\n", "", (ONE + "test_draws_between_two_measurements_change_neither",)),
     Mutation("sharpness/ascent_gap.py", "shards count alike", "rise += share * (", "rise += (", RISE),
     Mutation("sharpness/ascent_gap.py", "a direction that is no unit vector", "length(scaled).clamp_min(", "length(scaled).clamp_min(1.0 + ", (ONE + "test_the_ball_has_the_same_radius_however_flat_the_loss_is",)),
     Mutation("sharpness/edges.py", "SSAM's edge without γ", "factor = self.scale if self.method == \"ssam\" else 1.0", "factor = 1.0", EDGES),
