@@ -89,7 +89,8 @@ def test_what_the_user_can_mend_exits_with_status_2_and_a_bug_keeps_its_tracebac
         run(bug)
 
 
-def test_help_shows_ours_and_the_usual_flags_and_all_of_them_when_asked(capsys):
+def test_help_shows_ours_and_the_usual_flags_and_all_of_them_when_asked(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")  # argparse wraps at the width of the terminal
     shown = {}
     for flag in ("--help", "--help_all"):
         with pytest.raises(SystemExit) as end:
