@@ -39,7 +39,14 @@ from transformers.utils.hub import hf_api
 from .redaction import pickled_without_secrets
 
 if TYPE_CHECKING:
-    from ..trainer.host import Host
+    from transformers import Trainer
+
+    class Host(Trainer):
+        """The Trainer that the mixins here go before; its arguments are those of the sharpness-aware one."""
+
+        args: Any
+        hub_model_id: Any
+        push_in_progress: Any
 else:
     Host = object
 
