@@ -118,7 +118,7 @@ def noisy(weight: Tensor, scales: Tensor, number: int, workspace: Workspace) -> 
     """`W + scales ⊙ N` row by row, N standard normal numbers that `number` alone determines, of the scales' dtype."""
     generator = torch.Generator(weight.device).manual_seed(number)
     noise = workspace.borrow(weight, scales.dtype).normal_(generator=generator)
-    return torch.addcmul(weight.to(noise.dtype), noise, scales[:, None], out=noise)
+    return torch.addcmul(weight, noise, scales[:, None], out=noise)
 
 
 class _Product(torch.autograd.Function):

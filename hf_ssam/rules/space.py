@@ -67,14 +67,18 @@ class ParameterSpace:
         return {n: local(self.params[n].detach()) for n in (self.params if names is None else names)}
 
     def stored(self, names: Iterable[str]) -> list[Tensor]:
-        """The tensors that moving the named weights writes to, in the order of `names`."""
+        """The tensors that moving the named weights writes to, in the order of `names` where each weight is one."""
         return list(self.weights(names).values())
 
     def refresh_model(self) -> None:
         """Let the model compute with weights that were written to; it does where they are its own."""
 
     def grads(self) -> Vector:
-        """Local gradients, sharing storage with `.grad`; a parameter without one is left out."""
+        """Local gradients, sharing storage with `.grad`; a parameter without one is left out.
+
+        Every rank calls this where layers are split by hand: a gradient that is split otherwise than its parameter is
+        put in order first.
+        """
         return {n: local(_laid_out(p)) for n, p in self.params.items() if p.grad is not None}
 
     def clear_grads(self) -> None:

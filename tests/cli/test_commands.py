@@ -160,6 +160,12 @@ def test_rho_of_the_command_is_that_of_the_function(model, capsys, monkeypatch):
     assert [len(b["labels"]) for b in batches] == [4, 4] and method == get_method("ssam")
 
 
+def test_flags_offer_the_measures_that_there_are():
+    from hf_ssam.cli import measures, sharpness
+
+    assert tuple(measures.MEASURES) == sharpness.MEASURES
+
+
 def test_sharpness_is_measured_by_the_same_command(model, tmp_path, capsys):
     words = ["sharpness", str(model / "first"), "--data", str(model / "rows.csv"), "--output_dir", str(tmp_path)]
     assert main([*words, "--measures", "eigenvalues", "--no_figures"]) == 0
