@@ -16,28 +16,19 @@ is installed.
 """
 
 import argparse
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.optim import AdamW
-from tqdm.auto import tqdm
 from transformers import set_seed
 
 from hf_ssam import METHODS
 from support.step_loops import ADAMW, Loop, bare, our_trainer, ours, peers, plain, stock_trainer
-from support.step_meters import copy_bandwidth, traced
+from support.step_meters import copy_bandwidth
 from support.step_models import SIZES, Setting, setting
-from support.step_report import NOT_TRACED, Measured, Row, plot, row, table, write_csv
-
-PERIOD = 5
-"""Steps in a round: LookSAM's default k."""
-
-SSAM_BYTES = 40
-"""What an SSAM step must move for a float32 parameter beyond its passes: read g and ĝ for their norms (8); read w and
-g, write w + e and the copy of w (16); read the copy and write w (8); read and write ĝ to scale it (8)."""
+from support.step_report import Row, description, plot, report, row, write_csv
+from support.step_rounds import PERIOD, measured
 
 COPIED = 256 * 2**20
 """Bytes of the buffer that tells the machine's bandwidth: no cache holds it."""
@@ -53,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         for shape in flags.shapes:
             set_seed(0)
             at = setting(name, shape, flags.device, flags.bf16, flags.lora_r)
-            found, whole = measured(loops(at, flags), flags)
-            about = description(name, at, flags, bandwidth)
+            found, whole = measured(loops(at, flags), flags.rounds, flags.device)
+            about = description(name, at, flags.device, "bfloat16 autocast" if flags.bf16 else "float32", bandwidth)
             here = [row(found, loop, about, PERIOD) for loop in found]
             rows += here
-            print(report(here), flush=True)
+            print(report(here, PERIOD), flush=True)
             if flags.output is not None:
                 flags.output.mkdir(parents=True, exist_ok=True)
                 write_csv(rows, flags.output / "step_cost.csv")
@@ -102,66 +93,6 @@ def loops(at: Setting, flags: argparse.Namespace) -> list[Loop]:
     if flags.trainer_methods:
         found += [stock_trainer(at), *(our_trainer(at, method) for method in flags.trainer_methods)]
     return found
-
-
-def measured(all_loops: list[Loop], flags: argparse.Namespace) -> tuple[dict[str, Measured], bool]:
-    """The rounds of each loop, and whether there are as many as asked for.
-
-    Raises:
-        KeyboardInterrupt: the first round was cut off.
-    """
-    taken: list[dict[str, tuple[float, float]]] = []
-    order, whole = random.Random(0), True
-    try:
-        for number in tqdm(range(-1, flags.rounds), desc="rounds", leave=False):
-            turn = {loop.name: loop.run(PERIOD) for loop in order.sample(all_loops, len(all_loops))}
-            if number >= 0:  # the first one warms caches and allocators up
-                taken.append(turn)
-    except KeyboardInterrupt:
-        whole = False
-        if not taken:
-            raise
-    return {loop.name: collected(loop, taken, flags.device) for loop in all_loops}, whole
-
-
-def collected(loop: Loop, taken: list[dict[str, tuple[float, float]]], device: str) -> Measured:
-    """A loop's rounds, and what one more of them does; a Trainer's setting up would be traced with it, and is not."""
-    seconds, passes = (np.array(values) / PERIOD for values in zip(*(turn[loop.name] for turn in taken), strict=True))
-    return Measured(loop, seconds, passes, traced(lambda: loop.run(PERIOD), device) if loop.traceable else NOT_TRACED)
-
-
-def description(name: str, at: Setting, flags: argparse.Namespace, bandwidth: float) -> dict[str, object]:
-    """The fields of a row that say what was measured, and where."""
-    batch, length = at.batch["input_ids"].shape
-    return {
-        "model": name,
-        "parameters": sum(p.numel() for p in at.model.parameters()),
-        "trained": sum(p.numel() for p in at.trained),
-        "batch": batch,
-        "length": length,
-        "device": torch.cuda.get_device_name() if flags.device == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "precision": "bfloat16 autocast" if flags.bf16 else "float32",
-        "copy_gb_per_second": bandwidth / 1e9,
-    }
-
-
-def report(rows: list[Row]) -> str:
-    """A title, the table, and what an SSAM step's limit is."""
-    r = rows[0]
-    where = r.device if r.device != "cpu" else f"cpu, {r.threads} thread(s)"
-    title = (
-        f"\n{r.model}: {r.parameters:,} parameters, of which {r.trained:,} train; batch {r.batch} × {r.length}, "
-        f"{r.precision}, {r.rounds} rounds of {PERIOD} steps, {where}; a copy moves {r.copy_gb_per_second:.1f} GB/s"
-    )
-    floor = 1e3 * SSAM_BYTES * r.trained / (r.copy_gb_per_second * 1e9)
-    ends = [
-        f"{own.loop}: {own.beyond_ms:.1f} ms beyond its passes, of which the limit is {floor:.1f} ms "
-        f"({SSAM_BYTES} bytes a parameter)"
-        for own in rows
-        if own.loop == "ssam"
-    ]
-    return "\n".join([title, table(rows), *ends])
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from compare_methods import finished, read_plan, train_all
 from hf_ssam.plots.canvas import canvas, dress, save
 from support.cli import run
 from support.comparison import Outcome
+from support.comparison_plan import read_plan
 from support.comparison_plots import look
+from support.comparison_runs import finished, train_all
 
 TARGETS = 20
 """Accuracies between the worst first evaluation and the best one at all."""

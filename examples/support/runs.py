@@ -36,6 +36,7 @@ def train_and_evaluate(trainer: Trainer, checkpoint: str | None, data: RunData) 
         All metrics, and ``ssam/total_passes``: what the training cost in passes over a batch.
     """
     args, results = trainer.args, {}
+    trainer.card_base_model = hub_name(trainer.model.config.name_or_path)
     if args.do_train:
         if trainer.is_world_process_zero():
             data.write(Path(args.output_dir))
@@ -62,7 +63,6 @@ def conclude(trainer: Trainer, results: dict[str, float], **card: Any) -> dict[s
         `results`, under the names they have in ``all_results.json``, and the ``output_dir``.
     """
     args = trainer.args
-    trainer.card_base_model = hub_name(trainer.model.config.name_or_path)
     if trainer.is_world_process_zero():
         _report(trainer, results)
     if args.push_to_hub:

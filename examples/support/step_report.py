@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from hf_ssam.plots.canvas import COLORS, canvas, dress, save
 from support.step_loops import LIMIT, PLAIN, Loop
 from support.step_meters import Traced
+from support.step_models import Setting
 
 NOT_TRACED = Traced(0, 0, 0)
+
+SSAM_BYTES = 40
+"""What an SSAM step must move for a float32 parameter beyond its passes: read g and ĝ for their norms (8); read w and
+g, write w + e and the copy of w (16); read the copy and write w (8); read and write ĝ to scale it (8)."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,22 @@ def row(found: Mapping[str, Measured], name: str, about: Mapping[str, object], p
     )
 
 
+def description(name: str, at: Setting, device: str, precision: str, bandwidth: float) -> dict[str, object]:
+    """The fields of a `Row` that say what was measured, and where; `bandwidth` is a copy's, in bytes a second."""
+    batch, length = at.batch["input_ids"].shape
+    return {
+        "model": name,
+        "parameters": sum(p.numel() for p in at.model.parameters()),
+        "trained": sum(p.numel() for p in at.trained),
+        "batch": batch,
+        "length": length,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "copy_gb_per_second": bandwidth / 1e9,
+    }
+
+
 def table(rows: Sequence[Row]) -> str:
     """Markdown, a line for each loop; peak memory and what a checkpoint holds in units of the weights that train."""
     lines = [
@@ -132,6 +154,24 @@ def table(rows: Sequence[Row]) -> str:
             f"| {r.bytes_per_parameter:.0f} | {traced} |"
         )
     return "\n".join(lines)
+
+
+def report(rows: list[Row], period: int) -> str:
+    """A title, the table, and what an SSAM step's limit is."""
+    r = rows[0]
+    where = r.device if r.device != "cpu" else f"cpu, {r.threads} thread(s)"
+    title = (
+        f"\n{r.model}: {r.parameters:,} parameters, of which {r.trained:,} train; batch {r.batch} × {r.length}, "
+        f"{r.precision}, {r.rounds} rounds of {period} steps, {where}; a copy moves {r.copy_gb_per_second:.1f} GB/s"
+    )
+    floor = 1e3 * SSAM_BYTES * r.trained / (r.copy_gb_per_second * 1e9)
+    ends = [
+        f"{own.loop}: {own.beyond_ms:.1f} ms beyond its passes, of which the limit is {floor:.1f} ms "
+        f"({SSAM_BYTES} bytes a parameter)"
+        for own in rows
+        if own.loop == "ssam"
+    ]
+    return "\n".join([title, table(rows), *ends])
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:

@@ -181,12 +181,10 @@ class Ranks:
         dist.all_gather(parts, padded, group=self._data_group)
         return torch.cat([part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)])
 
-    def _host_group(self) -> dist.ProcessGroup:
+    def _host_group(self) -> dist.ProcessGroup | None:
         """The same ranks, talking over gloo."""
         if self._hosts is None:
-            self._hosts = dist.new_group(
-                dist.get_process_group_ranks(self._data_group), backend="gloo", use_local_synchronization=True
-            )
+            self._hosts = _over_gloo(self._data_group)
         return self._hosts
 
     def agreed(self, finite: Tensor) -> Tensor:
@@ -210,6 +208,13 @@ class Ranks:
         used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
         dist.all_reduce(used, group=ddp.process_group)
         return [p for p, u in zip(params, used.tolist(), strict=True) if u > 0]
+
+
+def _over_gloo(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """`group` itself where it moves host memory over gloo, otherwise another one of its ranks that does."""
+    if "cpu:gloo" in dist.get_backend_config(group):
+        return group
+    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
 
 
 def _average(tensors: list[Tensor], group: dist.ProcessGroup) -> None:

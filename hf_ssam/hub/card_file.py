@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import UndefinedError
 
 from ..methods import METHODS, Paper, get_method
 from ..plots import plot_run, series
@@ -49,7 +50,8 @@ def rewrite_card(folder: str | Path, baseline: str | Path | None = None) -> Path
 
     Raises:
         FileNotFoundError: if there are no facts of a card in `folder`.
-        ValueError: if they are damaged, of a method that is not registered, or `baseline` is no run.
+        ValueError: if they are damaged, of another version or of a method that is not registered, or `baseline` is no
+            run.
     """
     folder = Path(folder)
     above, facts = _read(folder / FACTS)
@@ -60,7 +62,13 @@ def rewrite_card(folder: str | Path, baseline: str | Path | None = None) -> Path
         plain = plain_run(baseline)
         facts["results"] = result_rows(facts["before"], facts["after"], plain.metrics)
         facts["cost"] = compute_cost(log, facts["method"], facts["cost"]["steps"], plain)
-    write_card(folder, ModelCard.load(folder / CARD, ignore_metadata_errors=True).data, facts, above)
+    data = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data
+    try:
+        write_card(folder, data, facts, above)
+    except UndefinedError as error:
+        raise ValueError(
+            f"{folder / FACTS}: another version of hf_ssam left it ({error}); write the card anew from the Trainer."
+        ) from error
     return folder / CARD
 
 

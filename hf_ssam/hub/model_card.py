@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +33,7 @@ from transformers.modelcard import TASK_MAPPING, extract_hyperparameters_from_tr
 from transformers.trainer_utils import has_length
 
 from ..methods import METHODS, Paper
+from .adapter_base import public_base
 from .card_facts import (
     changed_arguments,
     compute_cost,
@@ -76,7 +78,7 @@ class ModelCardMixin(HubMixin):
     """Folder of the same run with the plain optimizer; where set, the card compares wall time and results with it."""
 
     card_base_model: str | None = None
-    """Hub name of the base model, where it was loaded from a local folder."""
+    """Hub name of the base model, where it was loaded from a local folder; a pushed adapter names it too."""
 
     _metrics_before: Mapping[str, float] = {}
 
@@ -86,6 +88,12 @@ class ModelCardMixin(HubMixin):
         if self.state.global_step == 0:
             self._metrics_before = {**self._metrics_before, **metrics}
         return metrics
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        is_pushed = self.hub_model_id is not None
+        model = self.accelerator.unwrap_model(self.model)
+        with public_base(model, self.card_base_model) if is_pushed else nullcontext():
+            super()._save(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `README.md` to the output folder; the parent's arguments, unchanged.

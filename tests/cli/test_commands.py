@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -203,6 +204,17 @@ def test_card_is_compared_with_a_run_of_the_plain_optimizer(finished, tmp_path):
     text = (finished / "README.md").read_text()
     assert "after, with the plain optimizer" in text and "| 0.25 |" in text
     assert "Training time of the plain optimizer (run `plain`) | 1 s" in text
+
+
+def test_card_of_another_version_is_refused_and_stays(finished, tmp_path, capsys):
+    older = shutil.copytree(finished, tmp_path / "older")
+    facts = json.loads((older / "_card.json").read_text())
+    del facts["facts"]["cost"]["resumed_at"]
+    (older / "_card.json").write_text(json.dumps(facts))
+    before = (older / "README.md").read_text()
+    assert main(["card", str(older)]) == 2
+    assert "another version of hf_ssam left it" in capsys.readouterr().err
+    assert (older / "README.md").read_text() == before
 
 
 def test_card_without_its_facts_or_with_damaged_ones_is_refused(tmp_path, capsys):

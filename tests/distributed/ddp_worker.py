@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -217,8 +218,16 @@ def batch_norm(scope: str, folder: Path) -> dict[str, Any]:
 
 def told_of_samples(loader: dict[str, bool], folder: Path) -> dict[str, Any]:
     """Which samples each micro-batch was told that it holds, and what it holds."""
+    groups = dist.get_pg_count()
     trainer = ausam(accelerator_config=loader, per_device_train_batch_size=4)
-    return {"ids": trainer.ids, "rows": trainer.rows, "weights": weights(trainer.model)}
+    seen = {"ids": trainer.ids, "rows": trainer.rows, "weights": weights(trainer.model)}
+    return {**seen, "new_groups": dist.get_pg_count() - groups}
+
+
+def told_beside_nccl(folder: Path) -> dict[str, Any]:
+    """The same where the ranks' group is said to move no host memory, as NCCL's: the hosts get one of their own."""
+    with patch.object(dist, "get_backend_config", return_value="cuda:nccl"):
+        return told_of_samples({}, folder)
 
 
 SCENARIOS: dict[str, Scenario] = {
@@ -284,6 +293,7 @@ SCENARIOS: dict[str, Scenario] = {
     "static_graph": static_graph,
     "evaluated": evaluated,
     **{f"sample_ids/{name}": partial(told_of_samples, loader) for name, loader in LOADERS.items()},
+    "sample_ids/beside nccl": told_beside_nccl,
     **{f"batch_norm/{scope}": partial(batch_norm, scope) for scope in SCOPES},
     **{
         f"resume/{scope}": lambda folder, s=scope: resumed(

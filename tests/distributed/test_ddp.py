@@ -229,3 +229,10 @@ def test_sample_ids_belong_to_their_rows_on_every_rank(ddp: Runs, loader):
     assert all(not set(a.tolist()) & set(b.tolist()) for a, b in zip(first["ids"][:2], second["ids"][:2], strict=True))
     assert set(torch.cat(first["ids"] + second["ids"]).tolist()) == set(range(len(DATA)))
     assert_identical(first["weights"], second["weights"])
+
+
+def test_counts_of_samples_travel_from_host_to_host(ddp: Runs):
+    """A group that moves no host memory gets another beside it, once a trainer; one that does needs none."""
+    for rank, through_one in zip(ddp["sample_ids/beside nccl"], ddp["sample_ids/as it comes"], strict=True):
+        assert (rank["new_groups"], through_one["new_groups"]) == (1, 0)
+        assert_identical(rank["weights"], through_one["weights"])

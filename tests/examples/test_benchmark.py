@@ -12,6 +12,7 @@ import benchmark_step
 from support.step_loops import LIMIT, PLAIN, TRAINER, Loop
 from support.step_meters import copy_bandwidth, traced
 from support.step_report import Measured, least
+from support.step_rounds import measured
 from tests.support.cases import bert
 
 PEER = """
@@ -75,12 +76,11 @@ def test_benchmark_that_is_cut_off_keeps_the_rounds_that_are_whole():
 
         return Loop(name, run, lambda: 0, traceable=False)
 
-    flags = benchmark_step.arguments().parse_args(["--rounds", "9", "--device", "cpu"])
-    found, whole = benchmark_step.measured([loop("a"), loop("b", ends_at=4)], flags)
+    found, whole = measured([loop("a"), loop("b", ends_at=4)], 9, "cpu")
     assert not whole
     assert [len(m.seconds) for m in found.values()] == [2, 2], "a warm-up, two rounds, and a third that was cut off"
     with pytest.raises(KeyboardInterrupt):
-        benchmark_step.measured([loop("a", ends_at=2)], flags)
+        measured([loop("a", ends_at=2)], 9, "cpu")
 
 
 def test_benchmark_bounds_a_step_by_as_many_bare_passes_as_it_takes():

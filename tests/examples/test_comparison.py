@@ -15,7 +15,7 @@ import yaml
 from scipy import stats
 
 import compare_methods
-from support import comparison, comparison_plots
+from support import comparison, comparison_plan, comparison_plots, comparison_runs
 from support.cli import UsageError
 from support.comparison import Outcome, Run, against, interval, outcome
 from support.metrics import METRICS
@@ -96,8 +96,8 @@ def test_equal_gradients_are_equal(sweep, fake_script):
     assert steps[str(folder / "gradients/ssam-lr0.1-seed1")] == "6"
     assert steps[str(folder / "gradients/look-lr0.1-seed1")] == "10"
     assert steps[str(folder / "epochs/ssam-lr0.1-seed1")] is None
-    plan = compare_methods.read_plan(folder / "plan.yaml")
-    passes = [o.passes for o in compare_methods.finished(plan, folder) if o.run.budget == "gradients"]
+    plan = comparison_plan.read_plan(folder / "plan.yaml")
+    passes = [o.passes for o in comparison_runs.finished(plan, folder) if o.run.budget == "gradients"]
     assert passes == [12.0] * 6
 
 
@@ -129,16 +129,16 @@ def test_comparison_names_the_keys_that_its_file_lacks(tmp_path):
     path = tmp_path / "plan.yaml"
     path.write_text("script: run_text_classification\nconfig: x.yaml\nbaseline: a\nmethods: {}\nseeds: [1]\n")
     with pytest.raises(UsageError, match="lacks output_dir, learning_rates: examples/README.md"):
-        compare_methods.read_plan(path)
+        comparison_plan.read_plan(path)
 
 
 def test_comparison_reads_no_as_a_word_and_hands_lists_on(sweep, fake_script, tmp_path):
     text = yaml.safe_dump({**PLAN, "output_dir": str(tmp_path / "out")})
     text = text.replace("num_train_epochs: 2", "{eval_strategy: no, text_column_names: [a, b]}".strip("{}"), 1)
     (tmp_path / "plan.yaml").write_text(text.replace("eval_strategy: no, text", "eval_strategy: no\n  text"))
-    plan = compare_methods.read_plan(tmp_path / "plan.yaml")
+    plan = comparison_plan.read_plan(tmp_path / "plan.yaml")
     assert plan.flags == {"eval_strategy": "no", "text_column_names": ["a", "b"]}
-    words = compare_methods._command(next(plan.runs()), plan, tmp_path / "none", None)
+    words = comparison_runs._command(next(plan.runs()), plan, tmp_path / "none", None)
     assert words[1:6] == ["--eval_strategy", "no", "--text_column_names", "a", "b"]
 
 

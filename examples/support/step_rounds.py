@@ -1,0 +1,39 @@
+"""Rounds in which all loops take turns, so that a slow moment of the machine slows all of them."""
+
+import random
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from support.step_loops import Loop
+from support.step_meters import traced
+from support.step_report import NOT_TRACED, Measured
+
+PERIOD = 5
+"""Steps in a round: LookSAM's default k."""
+
+
+def measured(loops: list[Loop], rounds: int, device: str) -> tuple[dict[str, Measured], bool]:
+    """The rounds of each loop, and whether there are as many as asked for.
+
+    Raises:
+        KeyboardInterrupt: the first round was cut off.
+    """
+    taken: list[dict[str, tuple[float, float]]] = []
+    order, whole = random.Random(0), True
+    try:
+        for number in tqdm(range(-1, rounds), desc="rounds", leave=False):
+            turn = {loop.name: loop.run(PERIOD) for loop in order.sample(loops, len(loops))}
+            if number >= 0:  # the first one warms caches and allocators up
+                taken.append(turn)
+    except KeyboardInterrupt:
+        whole = False
+        if not taken:
+            raise
+    return {loop.name: collected(loop, taken, device) for loop in loops}, whole
+
+
+def collected(loop: Loop, taken: list[dict[str, tuple[float, float]]], device: str) -> Measured:
+    """A loop's rounds, and what one more of them does; a Trainer's setting up would be traced with it, and is not."""
+    seconds, passes = (np.array(values) / PERIOD for values in zip(*(turn[loop.name] for turn in taken), strict=True))
+    return Measured(loop, seconds, passes, traced(lambda: loop.run(PERIOD), device) if loop.traceable else NOT_TRACED)
