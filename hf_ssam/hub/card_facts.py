@@ -10,8 +10,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from transformers.modelcard import parse_log_history
-
 from ..methods.method import Method, checked_rho
 from ..run_folder import read_run
 from .markdown import code
@@ -81,6 +79,8 @@ def result_rows(before: Mapping, after: Mapping, plain: Mapping) -> list[dict[st
 
 def history_rows(log: Log) -> list[dict[str, Any]]:
     """The evaluations during training, as the stock card shows them but without timings; none before training ends."""
+    from transformers.modelcard import parse_log_history  # loads most of Transformers; `hf-ssam card` needs none of it
+
     lines = parse_log_history(log)[1] or []
     return [{name: value for name, value in line.items() if not name.endswith(TIMING_COLUMNS)} for line in lines]
 

@@ -206,6 +206,11 @@ def test_card_is_compared_with_a_run_of_the_plain_optimizer(finished, tmp_path):
     assert "Training time of the plain optimizer (run `plain`) | 1 s" in text
 
 
+def test_card_of_a_run_that_has_ended_is_drawn_without_transformers():
+    code = "import sys, hf_ssam.hub.card_file; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_card_of_another_version_is_refused_and_stays(finished, tmp_path, capsys):
     older = shutil.copytree(finished, tmp_path / "older")
     facts = json.loads((older / "_card.json").read_text())

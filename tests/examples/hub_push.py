@@ -9,6 +9,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -93,18 +94,27 @@ def sft() -> dict:
     return {"--model_name_or_path": "llama", "--train_file": data, "--max_length": 16}
 
 
+def clm_by(method: str) -> dict:
+    data = {"--model_name_or_path": "llama", "--train_file": "text.json", "--block_size": 4}
+    return {**data, "--lora_r": 2, "--optim": method}
+
+
+ON_ADAPTERS = ("random_perturbation", "flat_lora", "bi_lora", "nbar", "obar", "functional_sam", "stale_sam")
 RUNS: dict[str, Callable[[], dict]] = {
     "run_image_classification": image,
     "run_token_classification": token,
     "run_summarization": summarization,
     "run_clm": clm,
     "run_sft": sft,
+    **{f"run_clm-{method}": partial(clm_by, method) for method in ON_ADAPTERS},
 }
+"""What is pushed, by its repository's name: the script, and the method where it is not ssam."""
 
 
 if __name__ == "__main__":
-    for script, flags in RUNS.items():
+    for name, flags in RUNS.items():
         torch.manual_seed(0)
-        given = {**COMMON, **flags(), "--output_dir": script}
+        script = name.split("-")[0]
+        given = {**COMMON, **flags(), "--output_dir": name}
         sys.argv = [str(EXAMPLES / f"{script}.py"), *(str(word) for pair in given.items() for word in pair)]
         importlib.import_module(script).main()

@@ -8,7 +8,11 @@ import sys
 
 import pytest
 from huggingface_hub import ModelCard
+from peft import PeftModel
+from safetensors.torch import load
+from transformers import AutoModelForCausalLM
 
+from tests.examples.hub_push import ON_ADAPTERS
 from tests.examples.scripts import ROOT
 from tests.support.hub_server import HubStandIn
 
@@ -52,3 +56,18 @@ def test_the_model_and_its_card_arrive(pushed, script):
     assert {"ssam", "sharpness-aware-minimization"} <= set(card.data.tags)
     assert f"{script}.py" in card.text and "--push_to_hub" in card.text
     assert str(folder) not in card.content
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ON_ADAPTERS)
+def test_an_adapter_arrives_alone_whatever_helped_to_train_it(pushed, method):
+    """No second adapter, no noise, no state of the method: what plain LoRA would have pushed."""
+    folder, repos = pushed
+    plain, own = repos["tester/run_clm"], repos[f"tester/run_clm-{method}"]
+    assert set(own.files) == set(plain.files)
+    weights, expected = (load(repo.files["adapter_model.safetensors"]) for repo in (own, plain))
+    assert {name: t.shape for name, t in weights.items()} == {name: t.shape for name, t in expected.items()}
+    base = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    opened = PeftModel.from_pretrained(base, folder / f"run_clm-{method}")
+    assert list(opened.peft_config) == ["default"]
+    assert method in ModelCard(own.files["README.md"].decode()).data.tags
