@@ -15,7 +15,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
-from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +32,7 @@ from transformers.modelcard import TASK_MAPPING, extract_hyperparameters_from_tr
 from transformers.trainer_utils import has_length
 
 from ..methods import METHODS, Paper
-from .adapter_base import public_base
+from .adapter_base import name_base
 from .card_facts import (
     changed_arguments,
     compute_cost,
@@ -89,11 +88,11 @@ class ModelCardMixin(HubMixin):
             self._metrics_before = {**self._metrics_before, **metrics}
         return metrics
 
-    def _save(self, *args: Any, **kwargs: Any) -> None:
-        is_pushed = self.hub_model_id is not None
+    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        super()._save(output_dir, *args, **kwargs)
         model = self.accelerator.unwrap_model(self.model)
-        with public_base(model, self.card_base_model) if is_pushed else nullcontext():
-            super()._save(*args, **kwargs)
+        if self.hub_model_id is not None and is_peft_model(model):
+            name_base(output_dir or self.args.output_dir, model, self.card_base_model)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `README.md` to the output folder; the parent's arguments, unchanged.

@@ -167,24 +167,29 @@ def base_in(folder) -> str:
     return peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
 
 
+def over_a_folder(run, folder) -> None:
+    """An adapter on a base that was loaded from `folder`."""
+    run.model.save_pretrained(folder)
+    model = BertForSequenceClassification.from_pretrained(folder)
+    run.model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
+
+
 def test_a_pushed_adapter_names_its_base_as_the_hub_knows_it(tmp_path):
     """Only what a run with a repository saves is renamed: elsewhere the folder is what opens the adapter again."""
     run = trainer(arguments(tmp_path / "run"))
-    run.model.config._name_or_path = str(tmp_path)
-    run.model = peft.get_peft_model(run.model, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
+    over_a_folder(run, tmp_path)
     run.card_base_model = "me/bert-tiny"
     run.save_model()
     assert base_in(tmp_path / "run") == str(tmp_path)
     run.hub_model_id = "me/adapter"
     run.save_model()
     assert base_in(tmp_path / "run") == "me/bert-tiny"
-    assert all(config.base_model_name_or_path != "me/bert-tiny" for config in run.model.peft_config.values())
+    assert run.model.peft_config["default"].base_model_name_or_path == str(tmp_path)
 
 
 def test_an_adapter_over_a_folder_is_pushed_with_a_warning(tmp_path, caplog):
     run = trainer(arguments(tmp_path / "run"))
-    run.model.config._name_or_path = str(tmp_path)
-    run.model = peft.get_peft_model(run.model, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
+    over_a_folder(run, tmp_path)
     run.hub_model_id = "me/adapter"
     with caplog.at_level("WARNING"):
         run.save_model()
