@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..rules.adapters import AdapterLayer, AdapterRule, Average, Base
 from ..rules.context import NEVER, StepContext
+from ..rules.noise import normal_
 from ..rules.tensors import Vector, Workspace
 from .esam import SEED
 from .method import Method, Paper, Rules
@@ -103,21 +104,25 @@ def autocast(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def merged_row_norms(layer: AdapterLayer, workspace: Workspace) -> Tensor:
-    """`‖W'_i‖`, shape (out,), float32 or wider."""
+    """`‖W'_i‖`, shape (out,), float32 or wider, without making W':
+
+    ‖W_i + s B_i A‖² = ‖W_i‖² + 2 s ⟨W_i Aᵀ, B_i⟩ + s² B_i A Aᵀ B_iᵀ
+    """
     weight, (a, b) = layer.weight(), layer.factors()
-    merged = workspace.borrow(weight, torch.promote_types(weight.dtype, torch.float32))
-    given = weight.to(merged.dtype), b.to(merged.dtype), a.to(merged.dtype)
-    torch.addmm(*given, alpha=layer.scaling, out=merged)
-    norms = torch.linalg.vector_norm(merged, dim=1)
+    dtype, s = torch.promote_types(weight.dtype, torch.float32), layer.scaling
+    wide = weight if weight.dtype == dtype else workspace.borrow(weight, dtype).copy_(weight)
+    a, b = a.to(dtype), b.to(dtype)
+    change = 2 * s * (wide @ a.T) + s**2 * (b @ (a @ a.T))
+    squares = torch.linalg.vector_norm(wide, dim=1).square() + (change * b).sum(dim=1)
     workspace.reclaim()
-    return norms
+    return squares.clamp(min=0).sqrt()
 
 
 @torch.no_grad()
 def noisy(weight: Tensor, scales: Tensor, number: int, workspace: Workspace) -> Tensor:
     """`W + scales ⊙ N` row by row, N standard normal numbers that `number` alone determines, of the scales' dtype."""
     generator = torch.Generator(weight.device).manual_seed(number)
-    noise = workspace.borrow(weight, scales.dtype).normal_(generator=generator)
+    noise = normal_(workspace.borrow(weight, scales.dtype), generator)
     return torch.addcmul(weight, noise, scales[:, None], out=noise)
 
 

@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from hf_ssam import TwoPass
 from hf_ssam.engine.parameters import trainable, transposed_names
 from hf_ssam.rules.context import StepContext
-from hf_ssam.rules.noise import filterwise, normal
+from hf_ssam.rules.noise import DRAWN, filterwise, normal, normal_
 from hf_ssam.rules.rows import row_length, row_norms
-from hf_ssam.rules.space import ParameterSpace
+from hf_ssam.rules.space import ParameterSpace, in_memory_order
 from tests.engine.test_two_pass import backward_of, loss_of, regression
 from tests.support.cases import assert_identical, weights
 
@@ -99,6 +99,25 @@ def test_draws_follow_seed_and_step_and_leave_the_processes_generator_alone():
     for other in (normal(w, at_step(space, 6), 1), normal(w, at_step(space, 5), 2)):
         assert not torch.equal(other["0.weight"], normal(w, at_step(space, 5), 1)["0.weight"])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_large_tensor_is_drawn_in_pieces_that_no_number_of_threads_changes(transposed: bool):
+    def drawn(threads: int) -> Tensor:
+        torch.set_num_threads(threads)
+        t = torch.empty(3 * DRAWN // 64, 65)
+        return normal_(t.T if transposed else t, torch.Generator().manual_seed(7))
+
+    before = torch.get_num_threads()
+    try:
+        one, two = drawn(1), drawn(2)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, two)
+    pieces = in_memory_order(one).split(DRAWN)
+    assert len({p[:100].sum().item() for p in pieces}) == len(pieces) == 4
+    n = one.numel()
+    assert abs(one.mean()) < 5 / math.sqrt(n) and abs(one.var() - 1) < 5 * math.sqrt(2 / n)
 
 
 def test_random_perturbation_shows_every_micro_batch_of_a_step_the_same_noise():
