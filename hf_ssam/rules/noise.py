@@ -70,7 +70,7 @@ def _drop(t: Tensor, limit: int, generator: torch.Generator) -> Tensor:
     for piece in flat.split(CHUNK) if t.device.type in tensors_.HOST else (flat,):
         words = torch.empty(-(-len(piece) // 4), dtype=torch.int64, device=t.device)
         bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: len(piece)]
-        piece.mul_((bits < limit - LEVELS // 2).to(piece.dtype))
+        piece.mul_(torch.lt(bits, limit - LEVELS // 2, out=torch.empty_like(piece)))
     return t
 
 
