@@ -7,6 +7,7 @@ that one start serves many tests and a failure names the cell that broke.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -135,9 +137,15 @@ def meet() -> None:
 
 
 def close_groups() -> None:
-    """Destroy every group but the world's: a scenario's meshes are over, and each of gloo's threads polls on."""
-    for group in [g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD]:
+    """Destroy every group but the world's: a scenario's meshes are over, and each of gloo's threads polls on.
+
+    The threads end with the last reference to a group, and torch's caches keep the meshes, which keep theirs.
+    """
+    groups = [g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD]
+    for group in groups:
         dist.destroy_process_group(group)
+    for mesh in [o for o in gc.get_objects() if isinstance(o, DeviceMesh)] if groups else ():
+        mesh._pg_registry.clear()
 
 
 def main(scenarios: Mapping[str, Scenario], after: Callable[[], None] = lambda: None) -> None:
