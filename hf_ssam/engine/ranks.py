@@ -174,17 +174,17 @@ class Ranks:
         if self._data_group is None:
             return values
         sizes = torch.zeros(dist.get_world_size(self._data_group), dtype=torch.int64)
-        dist.all_gather_into_tensor(sizes, torch.tensor([len(values)]), group=self._host_group())
+        dist.all_gather_into_tensor(sizes, torch.tensor([len(values)]), group=self._host_group(self._data_group))
         padded = values.new_zeros(int(sizes.max()))
         padded[: len(values)] = values
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded, group=self._data_group)
         return torch.cat([part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)])
 
-    def _host_group(self) -> dist.ProcessGroup | None:
-        """The same ranks, talking over gloo."""
+    def _host_group(self, group: dist.ProcessGroup) -> dist.ProcessGroup:
+        """The ranks of `group`, talking over gloo."""
         if self._hosts is None:
-            self._hosts = _over_gloo(self._data_group)
+            self._hosts = _over_gloo(group)
         return self._hosts
 
     def agreed(self, finite: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ class Ranks:
         return [p for p, u in zip(params, used.tolist(), strict=True) if u > 0]
 
 
-def _over_gloo(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+def _over_gloo(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """`group` itself where it moves host memory over gloo, otherwise another one of its ranks that does."""
     if "cpu:gloo" in dist.get_backend_config(group):
         return group

@@ -8,6 +8,7 @@ while it saves, to see whether the vocabulary has grown, and has to find it.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ CONFIG = "adapter_config.json"
 
 
 def name_base(folder: str | Path, model: Any, name: str | None) -> None:
-    """Write the base model's name on the Hub into the adapters saved in `folder`; warn where there is none.
+    """Write the base model's name on the Hub into the adapters that `model` has saved in `folder`.
+
+    Without such a name the file stays as it is, and a warning says so.
 
     Args:
         folder: where `model` has been saved.
@@ -36,6 +39,24 @@ def name_base(folder: str | Path, model: Any, name: str | None) -> None:
         )
     if base["id"] is None:
         return
-    for path in (p for p in (Path(folder, CONFIG), *Path(folder).glob(f"*/{CONFIG}")) if p.is_file()):
-        config = {**json.loads(path.read_text("utf-8")), "base_model_name_or_path": base["id"]}
-        path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    for adapter in model.peft_config:
+        place = Path(folder) if adapter == "default" else Path(folder, adapter)
+        if (place / CONFIG).is_file():
+            _rename(place, base["id"])
+
+
+def _rename(place: Path, base: str) -> None:
+    """In the adapter's file, and in the card that PEFT leaves beside it."""
+    config = json.loads((place / CONFIG).read_text("utf-8"))
+    before = config["base_model_name_or_path"]
+    _write(place / CONFIG, json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True))
+    card = place / "README.md"
+    if before and card.is_file():
+        _write(card, card.read_text("utf-8").replace(before, base))
+
+
+def _write(path: Path, text: str) -> None:
+    """At once: an upload in the background may be reading."""
+    new = path.with_name(f".{path.name}")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)

@@ -171,7 +171,7 @@ def public_base_model(name: Any, model: Any) -> dict[str, str | None]:
     cache has the Hub name in the path.
     """
     known = name[0] if isinstance(name, list) and name else name
-    path = known or getattr(model.config, "_name_or_path", None)
+    path = known or getattr(getattr(model, "config", None), "_name_or_path", None)
     if not path:
         return {"id": None, "folder": None}
     if cached := CACHED.search(str(path)):

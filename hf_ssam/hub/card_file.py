@@ -58,14 +58,14 @@ def rewrite_card(folder: str | Path, baseline: str | Path | None = None) -> Path
     log = read_run(folder).log
     draw(log, folder)
     facts["figures"] = figures(folder)
-    if baseline is not None:
-        plain = plain_run(baseline)
-        facts["results"] = result_rows(facts["before"], facts["after"], plain.metrics)
-        facts["cost"] = compute_cost(log, facts["method"], facts["cost"]["steps"], plain)
+    plain = None if baseline is None else plain_run(baseline)
     data = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data
     try:
+        if plain is not None:
+            facts["results"] = result_rows(facts["before"], facts["after"], plain.metrics)
+            facts["cost"] = compute_cost(log, facts["method"], facts["cost"]["steps"], plain)
         write_card(folder, data, facts, above)
-    except UndefinedError as error:
+    except (KeyError, UndefinedError) as error:
         raise ValueError(
             f"{folder / FACTS}: another version of hf_ssam left it ({error}); write the card anew from the Trainer."
         ) from error

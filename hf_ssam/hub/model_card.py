@@ -77,7 +77,7 @@ class ModelCardMixin(HubMixin):
     """Folder of the same run with the plain optimizer; where set, the card compares wall time and results with it."""
 
     card_base_model: str | None = None
-    """Hub name of the base model, where it was loaded from a local folder; a pushed adapter names it too."""
+    """Hub name of the base model, where it was loaded from a local folder; for the card and for a pushed adapter."""
 
     _metrics_before: Mapping[str, float] = {}
 
@@ -91,7 +91,7 @@ class ModelCardMixin(HubMixin):
     def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         super()._save(output_dir, *args, **kwargs)
         model = self.accelerator.unwrap_model(self.model)
-        if self.hub_model_id is not None and is_peft_model(model):
+        if self.is_to_be_pushed and is_peft_model(model):
             name_base(output_dir or self.args.output_dir, model, self.card_base_model)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -61,7 +61,13 @@ class HubError(RuntimeError):
 
 
 class HubMixin(Host):
-    """Goes before any Trainer: checks the repository when it is made, and turns failures into `HubError`."""
+    """Goes before any Trainer: checks the repository when it is made, and turns failures into `HubError`.
+
+    Attributes:
+        is_to_be_pushed: whether what is saved goes to the Hub, now or by hand after a push that failed.
+    """
+
+    is_to_be_pushed = False
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository, or take the existing one if what it holds is of the same kind.
@@ -70,6 +76,7 @@ class HubMixin(Host):
             HubError: where there is no token, the name is not allowed, the repository holds something else, the branch
                 `hub_revision` does not exist, or the Hub cannot be reached.
         """
+        self.is_to_be_pushed = True
         try:
             super().init_hf_repo(token=token, private=private)
             if self.is_world_process_zero():

@@ -111,9 +111,10 @@ def merged_row_norms(layer: AdapterLayer, workspace: Workspace) -> Tensor:
     weight, (a, b) = layer.weight(), layer.factors()
     dtype, s = torch.promote_types(weight.dtype, torch.float32), layer.scaling
     wide = weight if weight.dtype == dtype else workspace.borrow(weight, dtype).copy_(weight)
-    a, b = a.to(dtype), b.to(dtype)
-    change = 2 * s * (wide @ a.T) + s**2 * (b @ (a @ a.T))
-    squares = torch.linalg.vector_norm(wide, dim=1).square() + (change * b).sum(dim=1)
+    with torch.autocast(weight.device.type, enabled=False):  # it would round the products
+        a, b = a.to(dtype), b.to(dtype)
+        change = 2 * s * (wide @ a.T) + s**2 * (b @ (a @ a.T))
+        squares = torch.linalg.vector_norm(wide, dim=1).square() + (change * b).sum(dim=1)
     workspace.reclaim()
     return squares.clamp(min=0).sqrt()
 

@@ -38,18 +38,26 @@ def normal(v: Vector, context: StepContext, seed: int) -> Vector:
 
 
 def normal_(t: Tensor, generator: torch.Generator) -> Tensor:
-    """Fill `t` in place with numbers of a standard normal distribution.
+    """Fill `t`, whose memory has no gaps, in place with numbers of a standard normal distribution.
 
     On the CPU a generator draws on one thread. Where there is more than a piece to draw, it draws a seed for each
-    piece instead, and all threads draw pieces: the numbers do not depend on how many threads there are.
+    piece instead, and all threads draw pieces: the numbers do not depend on how many there are.
     """
     if t.device.type not in tensors_.HOST or t.numel() <= DRAWN:
         return t.normal_(generator=generator)
-    pieces = in_memory_order(t).split(DRAWN)
-    seeds = torch.randint(2**32, (len(pieces),), generator=generator).tolist()
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(lambda piece, seed: piece.normal_(generator=torch.Generator().manual_seed(seed)), pieces, seeds))
+    pieces = in_memory_order(t.detach()).split(DRAWN)
+    seeds = torch.randint(2**32, (len(pieces),), generator=generator, device=t.device).tolist()
+    if (threads := torch.get_num_threads()) == 1:
+        list(map(_draw, pieces, seeds))
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(_draw, pieces, seeds))
     return t
+
+
+def _draw(piece: Tensor, seed: int) -> None:
+    with torch.inference_mode(piece.is_inference()):  # a thread begins with the mode off
+        piece.normal_(generator=torch.Generator().manual_seed(seed))
 
 
 def thinned(v: Vector, context: StepContext, share: float, seed: int) -> Vector:

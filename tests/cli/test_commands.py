@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import re
 import shutil
 import subprocess
@@ -206,15 +208,19 @@ def test_card_is_compared_with_a_run_of_the_plain_optimizer(finished, tmp_path):
     assert "Training time of the plain optimizer (run `plain`) | 1 s" in text
 
 
-def test_card_of_a_run_that_has_ended_is_drawn_without_transformers():
-    code = "import sys, hf_ssam.hub.card_file; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+def test_card_of_a_run_that_has_ended_is_drawn_without_transformers_trainer(finished):
+    code = (
+        "import sys; from hf_ssam.cli import main; main(sys.argv[1:]); sys.exit('transformers.trainer' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, "card", str(finished)], cwd=ROOT).returncode == 0
 
 
-def test_card_of_another_version_is_refused_and_stays(finished, tmp_path, capsys):
+@pytest.mark.parametrize("missing", [("cost", "resumed_at"), ("tags",)], ids=".".join)
+def test_card_of_another_version_is_refused_and_stays(finished, tmp_path, capsys, missing):
     older = shutil.copytree(finished, tmp_path / "older")
     facts = json.loads((older / "_card.json").read_text())
-    del facts["facts"]["cost"]["resumed_at"]
+    *path, name = ("facts", *missing)
+    del functools.reduce(operator.getitem, path, facts)[name]
     (older / "_card.json").write_text(json.dumps(facts))
     before = (older / "README.md").read_text()
     assert main(["card", str(older)]) == 2

@@ -181,16 +181,21 @@ def test_a_pushed_adapter_names_its_base_as_the_hub_knows_it(tmp_path):
     run.card_base_model = "me/bert-tiny"
     run.save_model()
     assert base_in(tmp_path / "run") == str(tmp_path)
-    run.hub_model_id = "me/adapter"
+    foreign = tmp_path / "run" / "other" / "adapter_config.json"
+    foreign.parent.mkdir()
+    foreign.write_text("{")
+    run.is_to_be_pushed = True
     run.save_model()
-    assert base_in(tmp_path / "run") == "me/bert-tiny"
+    assert base_in(tmp_path / "run") == "me/bert-tiny" and foreign.read_text() == "{"
+    assert str(tmp_path) not in (tmp_path / "run" / "README.md").read_text()
+    assert not list((tmp_path / "run").glob(".adapter*"))
     assert run.model.peft_config["default"].base_model_name_or_path == str(tmp_path)
 
 
 def test_an_adapter_over_a_folder_is_pushed_with_a_warning(tmp_path, caplog):
     run = trainer(arguments(tmp_path / "run"))
     over_a_folder(run, tmp_path)
-    run.hub_model_id = "me/adapter"
+    run.is_to_be_pushed = True
     with caplog.at_level("WARNING"):
         run.save_model()
     assert f"the local folder '{tmp_path.name}'" in caplog.text and "trainer.card_base_model" in caplog.text

@@ -285,6 +285,17 @@ def test_row_norms_are_those_of_the_merged_weight():
         torch.testing.assert_close(merged_row_norms(layer, Workspace()), merged.norm(dim=1), rtol=1e-12, atol=0)
 
 
+def test_row_norms_keep_their_digits_under_autocast():
+    model = network()
+    engine = engine_for(model, Case("flat_lora"))
+    exact = [merged.norm(dim=1) for merged in factors_of(model).merged()]
+    model.float()
+    for layer, norms in zip(engine._passes.adapters._layers, exact, strict=True):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = merged_row_norms(layer, Workspace())
+        torch.testing.assert_close(found, norms.float(), rtol=1e-6, atol=0)
+
+
 # ----------------------------------------------------------------------------------------------------------- bi_lora
 
 

@@ -116,7 +116,8 @@ METHODS = (
     Mutation("methods/bar.py", "a skipped step is balanced", "finite.to(grows.device, grows.dtype) * (context.rho * context.lr)", "context.rho * context.lr", ON_LORA),
     Mutation("methods/bar.py", "the product changes by more", "1 - a * sign])", "1 / (1 + a * sign)])", ON_LORA),
     Mutation("methods/flat_lora.py", "noise by the rows of W alone", "+ (change * b).sum(dim=1)", "", ON_LORA),
-    Mutation("rules/noise.py", "all pieces of a large tensor draw alike", "manual_seed(seed)), pieces", "manual_seed(0)), pieces", ("tests/rules/test_noise.py",)),
+    Mutation("rules/noise.py", "all pieces of a large tensor draw alike", "manual_seed(seed))", "manual_seed(0))", ("tests/rules/test_noise.py",)),
+    Mutation("methods/flat_lora.py", "row norms in the precision of autocast", "enabled=False", "enabled=True", ON_LORA),
     Mutation("methods/flat_lora.py", "all layers draw alike", "self._number + index", "self._number", ON_LORA),
     Mutation("methods/bi_lora.py", "the clip scales each factor by the whole ratio", "torch.sqrt(torch.clamp(context.rho / (length + EPS), max=1.0))", "torch.clamp(context.rho / (length + EPS), max=1.0)", ON_LORA),
     Mutation("methods/bi_lora.py", "a first step that is skipped ends the ascent", "torch.where(begun.to(first.device), kept.to(first), first)", "kept.to(first)", ON_LORA),
@@ -124,6 +125,7 @@ METHODS = (
 )
 
 ENGINE = (
+    Mutation("engine/ranks.py", "a second group beside one that moves host memory", 'if "cpu:gloo" in dist.get_backend_config(group):', "if False:", ("tests/distributed/test_ddp.py",)),
     Mutation("engine/gradients.py", "a second pass overlooks the loss", "finite(window.loss, ascent_loss, context.grad_norm, ascent_grad_norm)", "finite(ascent_loss, context.grad_norm, ascent_grad_norm)", NOT_FINITE),
     Mutation("engine/gradients.py", "a second pass overlooks the ascent loss", "finite(window.loss, ascent_loss, context.grad_norm, ascent_grad_norm)", "finite(window.loss, context.grad_norm, ascent_grad_norm)", NOT_FINITE),
     Mutation("engine/gradients.py", "a second pass overlooks the ascent norm", "finite(window.loss, ascent_loss, context.grad_norm, ascent_grad_norm)", "finite(window.loss, ascent_loss, context.grad_norm)", NOT_FINITE),
@@ -182,7 +184,6 @@ SHARPNESS = (
 
 HUB = (
     Mutation("hub/adapter_base.py", "the folder of the base model in a pushed adapter", 'if base["id"] is None:', "if True:", ("tests/hub/test_model_card.py",)),
-    Mutation("engine/ranks.py", "a second group beside one that moves host memory", 'if "cpu:gloo" in dist.get_backend_config(group):', "if False:", ("tests/distributed/test_ddp.py",)),
     Mutation("hub/push.py", "an adapter over a whole model", "if is_peft_model(model) != (\"adapter_config.json\" in content):", "if False:", ("tests/hub/test_push_decisions.py",)),
     Mutation("hub/push.py", "the command drops the branch", "words += [\"--revision\", revision] if revision else []", "words += []", ("tests/hub/test_push_decisions.py",)),
 )
