@@ -76,7 +76,7 @@ def learnt_by_heart(model: torch.nn.Module, train: Pictures, clean: torch.Tensor
     return {name: float(some.double().mean()) for name, some in shares.items() if len(some)}
 
 
-MAIN = ("SGD", "SGD, twice the epochs", "SAM", "SSAM")
+MAIN = ("SGD", "SGD, twice the epochs", "SAM", "SSAM", "random perturbation")
 ACCURACY = (
     Column("best look", "best_look", ".3f"),
     Column("wrong labels learnt", "learnt_wrong", ".0%"),

@@ -44,6 +44,10 @@ CONTRASTS = (
     Contrast("wrong labels, same epochs", "label_noise", "SSAM", "SGD", "test_accuracy", WRONG),
     Contrast("wrong labels, same cost", "label_noise", "SSAM", "SGD, twice the epochs", "test_accuracy", WRONG),
     Contrast("wrong labels, SGD stopped early", "label_noise", "SSAM", "SGD, stopped early", "test_accuracy", WRONG),
+    Contrast("wrong labels, tuned weight decay", "label_noise", "SSAM", "SGD, tuned weight decay", "test_accuracy",
+             WRONG),
+    Contrast("wrong labels, SGD with random noise", "label_noise", "SSAM", "random perturbation", "test_accuracy",
+             WRONG),
     Contrast("wrong labels, weights in 3 bits", "robustness", "SSAM", "SGD", "bits_3", WRONG),
     Contrast("clean labels, same epochs", "label_noise", "SSAM", "SGD", "test_accuracy", (("noise", 0.0),)),
     Contrast("five tasks in sequence, same epochs", "tasks", "SSAM, ρ 0.2", "SGD", "accuracy"),
@@ -71,6 +75,7 @@ def write_summary(rows: Rows, path: Path) -> None:
 def draw_training(ax: Axes, runs: pd.DataFrame) -> None:
     """Accuracy over the cost, for the arms that answer whether it pays."""
     names = {"SGD": "SGD", "SGD, twice the epochs": "SGD for twice the epochs", "SAM": "SAM", "SSAM": "SSAM"}
+    names |= {"random perturbation": "SGD with random noise"}
     for number, (arm, label) in enumerate(names.items()):
         curves = [curve(run) for _, run in runs[runs["arm"] == arm].iterrows()]
         if curves:
