@@ -218,10 +218,10 @@ def batch_norm(scope: str, folder: Path) -> dict[str, Any]:
 
 def told_of_samples(loader: dict[str, bool], folder: Path) -> dict[str, Any]:
     """Which samples each micro-batch was told that it holds, and what it holds."""
-    groups = dist.get_pg_count()
+    groups = len(dist.distributed_c10d._world.pg_map)
     trainer = ausam(accelerator_config=loader, per_device_train_batch_size=4)
     seen = {"ids": trainer.ids, "rows": trainer.rows, "weights": weights(trainer.model)}
-    return {**seen, "new_groups": dist.get_pg_count() - groups}
+    return {**seen, "new_groups": len(dist.distributed_c10d._world.pg_map) - groups}
 
 
 def told_beside_nccl(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from tests.support.cases import assert_close, assert_identical, lm_data
 pytestmark = pytest.mark.distributed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_equals_one_process(tensor: Runs, case, optim):

@@ -141,6 +141,7 @@ def test_batch_norm_moves_once_a_micro_batch(scope: str, accumulation: int):
     assert counters and set(counters) == {5 * accumulation}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MAIN_CASES, ids=lambda c: c.id)
 def test_batch_norm_of_every_method_after_one_step_is_the_stock_one(case: Case):
     """At a radius that moves everything: statistics are those of the pass at w, never of the one at w + e."""

@@ -342,6 +342,7 @@ def test_with_all_samples_kept_the_trainer_runs_sam_bit_for_bit(case):
     assert_identical(*(weights(t.model) for t in runs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     (*SELECTS, Case("sparse_sam"), Case("sparse_sam", {"mask": "dynamic", "update_freq": 1})),

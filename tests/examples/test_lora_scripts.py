@@ -47,6 +47,7 @@ def flags(name: str, llama: Path, tmp_path: Path, *more: object) -> list[str]:
     return [*map(str, given)] + ([] if name == "clm" else ["--max_length", "16", "--gradient_checkpointing", "false"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", LORA_METHODS)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_trains_an_adapter_that_stock_peft_opens(name: str, method: str, llama: Path, tmp_path: Path):

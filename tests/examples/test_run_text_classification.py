@@ -78,6 +78,7 @@ def history(folder):
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
+@pytest.mark.slow
 def test_the_shipped_configuration_cut_short_trains_ssam_and_the_model_opens_in_a_pipeline(tmp_path):
     short = ["--max_steps", 3, "--max_train_samples", 48, "--max_eval_samples", 32, "--logging_steps", 1]
     done = run_script(ROOT / "configs/tasks/trec.yaml", *short, "--output_dir", tmp_path / "out")
@@ -296,6 +297,7 @@ def test_an_unknown_task_and_an_unknown_data_set_are_one_sentence(main, monkeypa
         main("--dataset_name", "./gone")
 
 
+@pytest.mark.slow
 def test_a_missing_file_exits_with_status_2_and_no_traceback(tmp_path):
     done = run_script("--train_file", tmp_path / "gone.csv", "--output_dir", tmp_path / "out")
     assert done.returncode == 2

@@ -246,6 +246,7 @@ def test_forgetting_is_the_fall_since_a_task_was_fresh():
     assert found["forgetting"] == pytest.approx((0.3 + 0.3) / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [p for p in STUDIES if p.stem not in ON_MODELS], ids=lambda p: p.stem)
 def test_a_study_runs_in_its_short_form_and_draws(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

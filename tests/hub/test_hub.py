@@ -26,6 +26,7 @@ def said(done: subprocess.CompletedProcess[str], word: str) -> list[str]:
     return [line.removeprefix(word + " ") for line in done.stdout.splitlines() if line.startswith(word + " ")]
 
 
+@pytest.mark.slow
 def test_push_and_load_in_a_fresh_process(tmp_path):
     with HubStandIn() as hub:
         first = Client(hub, tmp_path)

@@ -265,6 +265,7 @@ def test_pickled_arguments_keep_all_but_the_secrets(tmp_path):
     assert copy.deepcopy(args).hub_token == args.hub_token == "tellnoone"
 
 
+@pytest.mark.slow
 def test_nothing_that_is_pushed_holds_a_secret(tmp_path):
     """A real script, every flag at once: the card, the event files, the pickled arguments, the checkpoints."""
     names = ["HF_TOKEN", "WANDB_API_KEY", "api_token", "neptune_api_token", "github_token", "secret_key", "auth"]

@@ -213,6 +213,7 @@ def test_a_pass_that_dies_leaves_the_model_and_the_frozen_layers_as_they_were(ca
 # --------------------------------------------------------------------------------------------------------- flat_lora
 
 
+@pytest.mark.slow
 def test_flat_lora_raises_the_variance_of_an_output_by_the_closed_form():
     """E (E x)_i² = σ² ‖W'_i‖² ‖x‖²/n for the merged row, over 2,000 steps, to five standard errors."""
     model, x, steps, sigma = network(), torch.randn(6).double(), 2000, 0.4

@@ -49,6 +49,7 @@ def buffers(model: torch.nn.Module) -> dict:
     return {n: b.detach().clone() for n, b in model.named_buffers()}
 
 
+@pytest.mark.slow
 @rest
 def test_batch_norm_moves_once_a_micro_batch(case: Case):
     """As under the stock Trainer for one step; where the one forward sees half of the samples, or noisy weights, only
@@ -97,6 +98,7 @@ def test_the_weights_come_back_when_the_second_pass_fails_and_training_goes_on(c
     assert_identical(weights(expected), weights(model))
 
 
+@pytest.mark.slow
 @rest
 def test_accumulation_costs_what_the_formula_says(case: Case):
     """Sixteen samples a step as 8 × 2: the log carries the true number of passes, a Fisher mask's included."""
@@ -124,6 +126,7 @@ def test_accumulated_micro_batches_are_one_batch_where_no_sample_is_picked(case:
     assert gap > 1e-6 if case in SELECTING else gap < 1e-6
 
 
+@pytest.mark.slow
 @rest
 def test_bf16_autocast_sees_the_perturbed_weights(case: Case):
     """Under autocast the run is near the float32 one, and not the one that an unperturbed second pass would give."""

@@ -709,6 +709,7 @@ def _measure_on_a_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_ranks_with_different_batches_measure_the_whole(tmp_path):
     torch.multiprocessing.spawn(_measure_on_a_rank, (str(tmp_path),), nprocs=2)

@@ -96,6 +96,7 @@ def collated(rows, size=8):
     return [default_data_collator(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*CASES, Case("esam"), Case("ausam"), Case("sparse_sam"), Case("adasam")], ids=str)
 def test_suggestion_measures_the_ascent_of_every_method(case):
     """The rise at a ρ of the grid is that of a step of the engine, and at the ρ suggested it is about the target."""

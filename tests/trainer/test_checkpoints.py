@@ -277,6 +277,7 @@ class Died(Exception):
     """Raised in the middle of a save."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
 @pytest.mark.parametrize("optim", ["friendly_sam", "sgd"])
 def test_a_second_save_that_dies_leaves_half_a_checkpoint(moment: str, optim: str):

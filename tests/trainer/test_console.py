@@ -114,6 +114,7 @@ OPENINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "given", "expected"), OPENINGS)
 def test_opening_says_method_base_rho_steps_and_the_passes_that_the_run_then_takes(capsys, case, given, expected):
     trainer = trained(bert(), case_arguments(case, max_steps=10, **given), text_data())

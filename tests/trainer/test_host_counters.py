@@ -111,6 +111,7 @@ def assert_logs_of_the_stock_trainer(run: Callable[..., Trainer], trainer: type,
     assert logged(far, "grad_norm")[0] == logged(stock, "grad_norm")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRL)
 def test_trl_logs_are_those_of_the_stock_trainer(name: str):
     module, config, model, data = TRL[name]

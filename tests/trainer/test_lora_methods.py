@@ -114,6 +114,7 @@ def test_accumulated_micro_batches_are_one_batch(case: Case):
     assert_close(weights(ends[0]), weights(ends[1]), atol=1e-8)
 
 
+@pytest.mark.slow
 @each_method
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_bit(case: Case, reentrant: bool):
@@ -126,6 +127,7 @@ def test_gradient_checkpointing_changes_no_bit(case: Case, reentrant: bool):
     assert_identical(weights(plain), weights(trained(models[1], given(case, **recomputed), lm_data()).model))
 
 
+@pytest.mark.slow
 @each_method
 def test_bf16_autocast_is_near_float32(case: Case):
     """And nearer to it than plain LoRA is."""
@@ -203,6 +205,7 @@ def test_a_4_bit_base_stays_packed_as_it_was(case: Case, tmp_path: Path):
     assert gap > 1e-6, "the method reaches through the packed base"
 
 
+@pytest.mark.slow
 @each_method
 def test_a_compiled_model_takes_the_same_steps(case: Case):
     plain = trained(adapted(dropout=0.0, base=gpt2()), given(case), lm_data()).model

@@ -66,6 +66,7 @@ def run(cls: type[Trainer], args: TrainingArguments) -> Trainer:
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("method", ["momentum_sam", "sam", "looksam"])
 def test_weights_that_the_optimizer_swaps_for_evaluation_are_those_of_the_stock_trainer(

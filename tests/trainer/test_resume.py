@@ -280,6 +280,7 @@ def test_a_process_killed_in_the_second_pass_goes_on(tmp_path: Path, uninterrupt
     assert_same(everything(ended(resume_run.run_arguments(str(tmp_path)), True)), uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_saving_goes_on_from_the_last_whole_checkpoint(tmp_path: Path, uninterrupted, caplog):
     killed(tmp_path, "save")
     half = tmp_path / "checkpoint-4"

@@ -62,6 +62,7 @@ def test_a_micro_batch_with_nothing_to_learn_adds_nothing():
         torch.testing.assert_close(a, p.grad)
 
 
+@pytest.mark.few_methods
 def test_the_direction_is_let_go_before_the_second_pass(case: Case):
     import gc
     import weakref

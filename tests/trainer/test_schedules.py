@@ -273,6 +273,7 @@ def test_a_choice_that_selects_nothing_is_refused(perturb: str, message: str):
         TwoPass(nn.Linear(2, 2), perturb=perturb)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{}, {"perturb": "norm"}, {"ascent_scope": "micro_batch"}], ids=str)
 @pytest.mark.parametrize("case", [Case("ssam"), Case("asam"), Case("friendly_sam")], ids=lambda c: c.id)
 def test_a_snapshot_in_host_memory_changes_no_bit(case: Case, given: dict):

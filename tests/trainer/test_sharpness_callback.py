@@ -42,6 +42,7 @@ def sgd(**given):
     return arguments(**{"base_optim": "sgd", "sharpness_steps": 2, "rho": 0.1, "learning_rate": 0.05, **given})
 
 
+@pytest.mark.slow
 def test_measures_before_the_first_step_and_every_sharpness_steps():
     _, _, entries = measured(bert(), sgd(max_steps=5), text_data())
     assert [e["step"] for e in entries] == [0, 2, 4]
@@ -71,6 +72,7 @@ def test_the_run_does_not_see_it(make, data):
     assert_identical(copied(watched), copied(plain))
 
 
+@pytest.mark.slow
 @pytest.mark.few_methods
 def test_every_method_can_be_watched(case):
     _, _, entries = measured(bert(), case_arguments(case, sharpness_steps=1, max_steps=1), text_data(16))
@@ -84,6 +86,7 @@ REST = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REST, ids=lambda c: c.id)
 def test_ascent_gradient_is_left_out_where_the_gradient_does_not_tell_the_perturbation(case):
     limits = {"max_products": 4, "trace_samples": 2}
@@ -114,6 +117,7 @@ def test_rho_is_that_of_the_next_perturbed_step():
     assert seen == [first, first, second, second, second, second, second]
 
 
+@pytest.mark.slow
 def test_ascent_gradient_is_taken_at_the_methods_perturbation():
     trainer, callback, entries = measured(bert(), sgd(optim="sam"), text_data())
     objective = Objective(trainer.model, callback._probe)
@@ -152,12 +156,14 @@ def test_edges_are_the_predicted_ones(optim, optim_args, name, normalize):
     assert last["sharpness/stability_usam"] == pytest.approx(0.05 * value * (1 + 0.1 * value))
 
 
+@pytest.mark.slow
 def test_an_unknown_edge_is_not_guessed():
     _, _, entries = measured(bert(), sgd(optim="asam"), text_data())
     assert "sharpness/edge" not in entries[0]
     assert "sharpness/edge_gd" in entries[0]
 
 
+@pytest.mark.slow
 def test_a_stock_optimizer_has_no_second_gradient():
     _, _, entries = measured(bert(), arguments(optim="sgd", sharpness_steps=2), text_data())
     assert entries[0]["sharpness/edge"] == entries[0]["sharpness/edge_gd"]
@@ -174,6 +180,7 @@ def test_cost_is_bounded_and_logged():
         assert entry["sharpness/converged"] == 0.0
 
 
+@pytest.mark.slow
 def test_edges_that_do_not_bind_are_named_once(caplog):
     from transformers.utils import logging
 
@@ -197,6 +204,7 @@ def test_entries_go_through_the_trainers_log():
     assert any("sharpness/top_eigenvalue" in e for e in Seen.entries)
 
 
+@pytest.mark.slow
 def test_label_smoothing_is_part_of_the_loss():
     plain, smoothed = (
         measured(bert(), sgd(label_smoothing_factor=s, max_steps=1), text_data())[2][0] for s in (0.0, 0.3)

@@ -86,6 +86,7 @@ def classifier() -> nn.Module:
     return Classifier()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model, data", [(classifier, text_data), (resnet, image_data)], ids=["dropout", "resnet"])
 def test_compile_takes_at_most_one_more_graph_a_graph(model, data):
     def run(**given) -> tuple[int, nn.Module]:
@@ -122,6 +123,7 @@ class OutOfMemory(SSAMTrainer):
         return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [Case("ssam"), Case("friendly_sam")], ids=lambda c: c.id)
 def test_auto_find_batch_size_begins_anew_with_fewer_samples(case: Case):
     """The engine is built anew, at whole weights: what dies in the second pass at batch 8 goes on with fewer."""
@@ -159,6 +161,7 @@ class Stream(IterableDataset):
         return iter(self.rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [Case("ssam"), Case("usam"), Case("friendly_sam")], ids=lambda c: c.id)
 def test_iterable_datasets_are_the_same_batches(case: Case):
     """64 samples in order, streamed or not; 4 × 2 is 8 here too."""
@@ -205,6 +208,7 @@ def test_emptying_the_cache_every_step():
     assert_stock(bert, text_data, torch_empty_cache_steps=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{"neftune_noise_alpha": 5.0}, {"label_smoothing_factor": 0.1}], ids=str)
 def test_noise_and_smoothing_are_those_of_the_first_pass(given: dict):
     stock, ours = stock_and_ours(lambda: gpt2(dropout=0.1), lm_data, **given)
@@ -276,6 +280,7 @@ def search(space, n_trials: int, method: str = "ssam") -> tuple[SSAMTrainer, obj
     )
 
 
+@pytest.mark.slow
 def test_a_search_over_rho_trains_each_trial_with_its_own():
     import optuna
 
@@ -305,6 +310,7 @@ def test_a_trial_with_a_bad_rho_is_refused():
         run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [("ssam", "sgd", "usam"), ("sgd", "ssam", "sgd")], ids="-".join)
 def test_a_search_over_methods_and_stock_names_in_any_order(order):
     """The arguments change within the search's call of `train`: each trial is watched as its own `optim` asks."""
