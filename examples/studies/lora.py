@@ -75,5 +75,5 @@ def figures(rows: pd.DataFrame, plan: StudyPlan, folder) -> None:
         mean, half = interval(own)
         ax.errorbar(place, mean, half if len(own) > 1 else 0, fmt="o", color="C0", capsize=3)
     ax.set_xticks(range(len(arms)), arms, rotation=25, ha="right", fontsize="small")
-    dress(ax, plan.title, "", "correct on test questions, % (mean, 95 % interval)")
+    dress(ax, plan.title, "", "correct on test questions, %\n(mean, 95 % interval)")
     save(ax, folder / "lora.png")
