@@ -8,18 +8,19 @@ radius and all have one learning rate.
 """
 
 import tempfile
+from pathlib import Path
 
 import pandas as pd
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from hf_ssam import SSAMTrainer, SSAMTrainingArguments
 from hf_ssam.plots.canvas import canvas, dress, save
 from support import offline
-from support.comparison import interval
+from support.runs import passes
 from support.study import Row, Settings, StudyPlan
-from support.study_tables import Column, compared
+from support.study_tables import Column, compared, dots
 
 OWN = ("arm", "rows", "length", "r")
 
@@ -37,9 +38,7 @@ def measure(settings: Settings) -> Row:
         trainer = SSAMTrainer(model, args, collate, train, test, tokenizer, compute_metrics=accuracy)
         trainer.train()
         found = trainer.evaluate()
-    passes = [entry["ssam/total_passes"] for entry in trainer.state.log_history if "ssam/total_passes" in entry]
-    cost = passes[-1] if passes else trainer.state.global_step
-    return {"test_accuracy": found["eval_accuracy"], "test_loss": found["eval_loss"], "passes": cost}
+    return {"test_accuracy": found["eval_accuracy"], "test_loss": found["eval_loss"], "passes": passes(trainer)}
 
 
 def encoded(rows: Dataset, tokenizer: AutoTokenizer, length: int) -> Dataset:
@@ -48,7 +47,7 @@ def encoded(rows: Dataset, tokenizer: AutoTokenizer, length: int) -> Dataset:
     return rows.map(lambda some: tokenizer(some["text"], truncation=True, max_length=length), remove_columns=columns)
 
 
-def adapted(classes: int, r: int) -> object:
+def adapted(classes: int, r: int) -> PeftModel:
     """MiniLM with adapters of rank `r` on every linear layer, and a head that trains whole."""
     model = AutoModelForSequenceClassification.from_pretrained(offline.minilm(), num_labels=classes)
     return get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="SEQ_CLS"))
@@ -66,14 +65,9 @@ def tables(rows: pd.DataFrame, plan: StudyPlan) -> str:
     return compared(rows, plan.baseline, "test_accuracy", columns)
 
 
-def figures(rows: pd.DataFrame, plan: StudyPlan, folder) -> None:
+def figures(rows: pd.DataFrame, plan: StudyPlan, folder: Path) -> None:
     """`lora.png`: a dot with its 95 % interval for each method."""
     ax = canvas(size=(7.0, 3.6))[0]
-    arms = [arm for arm in plan.arms if (rows["arm"] == arm).any()]
-    for place, arm in enumerate(arms):
-        own = rows.loc[rows["arm"] == arm, "test_accuracy"] * 100
-        mean, half = interval(own)
-        ax.errorbar(place, mean, half if len(own) > 1 else 0, fmt="o", color="C0", capsize=3)
-    ax.set_xticks(range(len(arms)), arms, rotation=25, ha="right", fontsize="small")
+    dots(ax, rows, [arm for arm in plan.arms if (rows["arm"] == arm).any()])
     dress(ax, plan.title, "", "correct on test questions, %\n(mean, 95 % interval)")
     save(ax, folder / "lora.png")

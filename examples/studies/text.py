@@ -18,10 +18,8 @@ from datasets import DatasetDict
 import run_text_classification
 from hf_ssam.plots.canvas import canvas, dress, save
 from support import offline
-from support.comparison import interval
-from support.comparison_plots import look
 from support.study import Row, Settings, StudyPlan
-from support.study_tables import Column, by_condition, compared
+from support.study_tables import Column, by_condition, compared, dots
 
 OWN = ("arm", "data", "train_label")
 SETS = {"trec": offline.trec, "movie_reviews": offline.movie_reviews}
@@ -66,12 +64,7 @@ def figures(rows: pd.DataFrame, plan: StudyPlan, folder: Path) -> None:
     arms = [arm for arm in plan.arms if (rows["arm"] == arm).any()]
     groups = list(by_condition(rows, "train_label")) if "train_label" in rows else [("", rows)]
     for number, (label, here) in enumerate(groups):
-        for place, arm in enumerate(arms):
-            own = here.loc[here["arm"] == arm, "test_accuracy"] * 100
-            mean, half = interval(own)
-            name = {"label": "mean of all raters", "rater_label": "one rater"}.get(label) if place == 0 else None
-            where, bar = place + 0.15 * number, half if len(own) > 1 else 0
-            ax.errorbar(where, mean, bar, fmt="o", color=look(number)["color"], capsize=3, label=name)
-    ax.set_xticks(range(len(arms)), arms, rotation=25, ha="right", fontsize="small")
-    dress(ax, plan.title, "", "correct on test rows, % (mean, 95 % interval)")
+        name = {"label": "mean of all raters", "rater_label": "one rater"}.get(label)
+        dots(ax, here, arms, number, name)
+    dress(ax, plan.title, "", "correct on test rows, %\n(mean, 95 % interval)")
     save(ax, folder / ("raters.png" if len(groups) > 1 else "text.png"))

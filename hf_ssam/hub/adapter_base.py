@@ -12,9 +12,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from transformers.utils import logging
 
 from .card_facts import public_base_model
+from .card_text import set_base_model
 
 logger = logging.get_logger(__name__)
 
@@ -22,9 +24,9 @@ CONFIG = "adapter_config.json"
 
 
 def name_base(folder: str | Path, model: Any, name: str | None) -> None:
-    """Write the base model's name on the Hub into the adapters that `model` has saved in `folder`.
+    """Write the base model's name on the Hub into the adapters that `model` saved in `folder`, and their cards.
 
-    Without such a name the file stays as it is, and a warning says so.
+    Without such a name the adapter's file stays as it is, and a warning says so; a card names none then.
 
     Args:
         folder: where `model` has been saved.
@@ -37,22 +39,20 @@ def name_base(folder: str | Path, model: Any, name: str | None) -> None:
             f"{CONFIG} names the local folder '{base['folder']}' as the base model, which only this machine has; set "
             "trainer.card_base_model to the base model's name on the Hub before you push."
         )
-    if base["id"] is None:
-        return
     for adapter in model.peft_config:
-        place = Path(folder) if adapter == "default" else Path(folder, adapter)
-        if (place / CONFIG).is_file():
-            _rename(place, base["id"])
+        _rename(Path(folder) if adapter == "default" else Path(folder, adapter), base["id"])
 
 
-def _rename(place: Path, base: str) -> None:
-    """In the adapter's file, and in the card that PEFT leaves beside it."""
-    config = json.loads((place / CONFIG).read_text("utf-8"))
-    before = config["base_model_name_or_path"]
-    _write(place / CONFIG, json.dumps({**config, "base_model_name_or_path": base}, indent=2, sort_keys=True))
-    card = place / "README.md"
-    if before and card.is_file():
-        _write(card, card.read_text("utf-8").replace(before, base))
+def _rename(place: Path, base: str | None) -> None:
+    """In the card that PEFT leaves beside an adapter, and in the adapter's own file, which needs some name."""
+    card, config = place / "README.md", place / CONFIG
+    if card.is_file():
+        content = ModelCard.load(card, ignore_metadata_errors=True)
+        set_base_model(content.data, base)
+        _write(card, str(content))
+    if base and config.is_file():
+        said = {**json.loads(config.read_text("utf-8")), "base_model_name_or_path": base}
+        _write(config, json.dumps(said, indent=2, sort_keys=True))
 
 
 def _write(path: Path, text: str) -> None:

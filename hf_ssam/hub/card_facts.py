@@ -79,7 +79,7 @@ def result_rows(before: Mapping, after: Mapping, plain: Mapping) -> list[dict[st
 
 def history_rows(log: Log) -> list[dict[str, Any]]:
     """The evaluations during training, as the stock card shows them but without timings; none before training ends."""
-    from transformers.modelcard import parse_log_history  # loads most of Transformers; `hf-ssam card` needs none of it
+    from transformers.modelcard import parse_log_history  # loads Transformers, which `hf-ssam card` does without
 
     lines = parse_log_history(log)[1] or []
     return [{name: value for name, value in line.items() if not name.endswith(TIMING_COLUMNS)} for line in lines]

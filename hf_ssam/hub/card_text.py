@@ -37,14 +37,19 @@ def listed(value: str | Sequence[str] | None) -> list[str]:
 
 def front_matter(data: ModelCardData, facts: Mapping[str, Any]) -> ModelCardData:
     """The parent's metadata with the tags, a base model that the Hub accepts, and the results as `model-index`."""
-    own = [named for tag in data.tags or [] if (named := _of_base(tag, facts["base"]["id"]))]
-    data.tags = list(dict.fromkeys([*listed(own), *facts["tags"]]))
-    data.base_model = facts["base"]["id"]
+    set_base_model(data, facts["base"]["id"])
+    data.tags = list(dict.fromkeys([*listed(data.tags), *facts["tags"]]))
     data.pipeline_tag = data.pipeline_tag or (listed(facts["task"])[0] if facts["task"] else None)
     data.datasets = listed(data.datasets) or None
     results = eval_results(facts)
     data.model_name, data.eval_results = (facts["name"], results) if results else (None, None)
     return data
+
+
+def set_base_model(data: ModelCardData, base: str | None) -> None:
+    """Make `base` the base model of `data`, and of the tags that PEFT wrote; None: there is none to name."""
+    data.tags = [named for tag in data.tags or [] if (named := _of_base(tag, base))]
+    data.base_model = base
 
 
 def _of_base(tag: str, base: str | None) -> str | None:

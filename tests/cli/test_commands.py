@@ -208,10 +208,8 @@ def test_card_is_compared_with_a_run_of_the_plain_optimizer(finished, tmp_path):
     assert "Training time of the plain optimizer (run `plain`) | 1 s" in text
 
 
-def test_card_of_a_run_that_has_ended_is_drawn_without_transformers_trainer(finished):
-    code = (
-        "import sys; from hf_ssam.cli import main; main(sys.argv[1:]); sys.exit('transformers.trainer' in sys.modules)"
-    )
+def test_card_of_a_run_that_has_ended_is_drawn_without_transformers(finished):
+    code = "import sys; from hf_ssam.cli import main; main(sys.argv[1:]); sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code, "card", str(finished)], cwd=ROOT).returncode == 0
 
 

@@ -11,13 +11,14 @@ import pytest
 import trl
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_ssam import METHODS, SSAMArgumentsMixin, SSAMTrainerMixin, SSAMTrainingArguments, get_method
 from hf_ssam.hub.card_facts import PlainRun, compute_cost, evaluations, plain_run, public_base_model, sharpness_rows
 from hf_ssam.hub.command_line import repeat_command, wrapped
 from hf_ssam.hub.markdown import cell, text
-from hf_ssam.hub.push import explain, later_command, other_content
+from hf_ssam.hub.push import HubError, explain, later_command, other_content
 from hf_ssam.hub.redaction import cleaned
 from hf_ssam.methods import Method, Paper, register_method
 from hf_ssam.methods.table import _TABLE
@@ -174,30 +175,59 @@ def over_a_folder(run, folder) -> None:
     run.model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
 
 
-def test_a_pushed_adapter_names_its_base_as_the_hub_knows_it(tmp_path):
-    """Only what a run with a repository saves is renamed: elsewhere the folder is what opens the adapter again."""
+@pytest.fixture
+def push(monkeypatch):
+    """Pushes while the Hub cannot be reached: what is left is to be uploaded by hand."""
+
+    def unreachable(*args, **kwargs):
+        raise OfflineModeIsEnabled
+
+    def in_vain(run) -> None:
+        monkeypatch.setattr(Trainer, "init_hf_repo", unreachable)
+        with pytest.raises(HubError, match="push it later"):
+            run.push_to_hub()
+
+    return in_vain
+
+
+def test_a_pushed_adapter_names_its_base_as_the_hub_knows_it(tmp_path, push):
+    """Only what goes to the Hub is renamed: elsewhere the folder is what opens the adapter again."""
     run = trainer(arguments(tmp_path / "run"))
     over_a_folder(run, tmp_path)
+    run.model.add_adapter("second", run.model.peft_config["default"])
     run.card_base_model = "me/bert-tiny"
+    folders = [tmp_path / "run", tmp_path / "run" / "second"]
     run.save_model()
-    assert base_in(tmp_path / "run") == str(tmp_path)
+    assert [base_in(folder) for folder in folders] == [str(tmp_path)] * 2
     foreign = tmp_path / "run" / "other" / "adapter_config.json"
     foreign.parent.mkdir()
     foreign.write_text("{")
-    run.is_to_be_pushed = True
-    run.save_model()
-    assert base_in(tmp_path / "run") == "me/bert-tiny" and foreign.read_text() == "{"
+    push(run)
+    assert [base_in(folder) for folder in folders] == ["me/bert-tiny"] * 2 and foreign.read_text() == "{"
+    assert run.model.peft_config["default"].base_model_name_or_path == str(tmp_path)
     assert str(tmp_path) not in (tmp_path / "run" / "README.md").read_text()
     assert not list((tmp_path / "run").glob(".adapter*"))
-    assert run.model.peft_config["default"].base_model_name_or_path == str(tmp_path)
 
 
-def test_an_adapter_over_a_folder_is_pushed_with_a_warning(tmp_path, caplog):
+@pytest.mark.parametrize("name", ["me/bert-tiny", None])
+def test_the_card_that_peft_leaves_in_a_checkpoint_names_no_folder(tmp_path, push, name):
+    """A push of a checkpoint takes its folder whole."""
     run = trainer(arguments(tmp_path / "run"))
     over_a_folder(run, tmp_path)
-    run.is_to_be_pushed = True
+    run.card_base_model = name
+    push(run)
+    run.save_model(str(tmp_path / "checkpoint-7"), _internal_call=True)
+    card = ModelCard.load(tmp_path / "checkpoint-7" / "README.md")
+    assert card.data.base_model == name and "lora" in card.data.tags
+    assert ("base_model:adapter:me/bert-tiny" in card.data.tags) == (name is not None)
+    assert str(tmp_path) not in card.content
+
+
+def test_an_adapter_over_a_folder_is_pushed_with_a_warning(tmp_path, caplog, push):
+    run = trainer(arguments(tmp_path / "run"))
+    over_a_folder(run, tmp_path)
     with caplog.at_level("WARNING"):
-        run.save_model()
+        push(run)
     assert f"the local folder '{tmp_path.name}'" in caplog.text and "trainer.card_base_model" in caplog.text
     assert base_in(tmp_path / "run") == str(tmp_path)
 

@@ -183,7 +183,8 @@ SHARPNESS = (
 )
 
 HUB = (
-    Mutation("hub/adapter_base.py", "the folder of the base model in a pushed adapter", 'if base["id"] is None:', "if True:", ("tests/hub/test_model_card.py",)),
+    Mutation("hub/adapter_base.py", "the folder of the base model in a pushed adapter", "if base and config.is_file():", "if False:", ("tests/hub/test_model_card.py",)),
+    Mutation("hub/push.py", "what is to be pushed by hand keeps the path", "self.is_to_be_pushed = True", "pass", ("tests/hub/test_model_card.py",)),
     Mutation("hub/push.py", "an adapter over a whole model", "if is_peft_model(model) != (\"adapter_config.json\" in content):", "if False:", ("tests/hub/test_push_decisions.py",)),
     Mutation("hub/push.py", "the command drops the branch", "words += [\"--revision\", revision] if revision else []", "words += []", ("tests/hub/test_push_decisions.py",)),
 )
