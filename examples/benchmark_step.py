@@ -17,6 +17,7 @@ is installed.
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -80,6 +81,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="threads on the CPU")
     parser.add_argument("--bf16", action="store_true", help="under bfloat16 autocast")
     parser.add_argument("--offload_snapshot", action="store_true", help="keep the copy of the weights on the host")
+    parser.add_argument("--time_only", action="store_true", help="count neither memory nor operations")
     parser.add_argument("--output", type=Path, help="the folder for step_cost.csv and step_cost.png")
     return parser
 
@@ -92,7 +94,7 @@ def loops(at: Setting, flags: argparse.Namespace) -> list[Loop]:
     found += peers(at, flags.peer_path, flags.official_path)
     if flags.trainer_methods:
         found += [stock_trainer(at), *(our_trainer(at, method) for method in flags.trainer_methods)]
-    return found
+    return [replace(loop, traceable=loop.traceable and not flags.time_only) for loop in found]
 
 
 if __name__ == "__main__":

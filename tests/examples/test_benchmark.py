@@ -64,6 +64,13 @@ def test_benchmark_compares_every_loop_with_a_plain_step_and_with_its_passes(fla
     assert (tmp_path / "out" / "step_cost.png").stat().st_size > 5000
 
 
+def test_benchmark_of_time_only_counts_no_memory(flags, capsys):
+    rows = benchmark_step.main([*flags, "--methods", "ssam", "--trainer_methods", "--time_only"])
+    assert {r.peak_bytes for r in rows} == {r.operations for r in rows} == {0}
+    assert all(r.milliseconds > 0 for r in rows)
+    assert "| – |" in capsys.readouterr().out
+
+
 def test_benchmark_that_is_cut_off_keeps_the_rounds_that_are_whole():
     def loop(name: str, ends_at: int | None = None) -> Loop:
         calls = []
