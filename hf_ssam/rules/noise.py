@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -21,8 +20,15 @@ from .tensors import Vector, copies, empties, parts, scaled
 LEVELS = 2**16
 """How many values sixteen bits have."""
 
-DRAWN = 2**16
-"""Numbers that one generator draws for a large tensor: a third of a millisecond."""
+
+def _quantiles() -> Tensor:
+    """LEVELS equally likely numbers of mean 0 and variance 1, the quantiles of the standard normal distribution."""
+    found = torch.special.ndtri((torch.arange(LEVELS, dtype=torch.float64, device="cpu") + 0.5) / LEVELS)
+    return found / found.square().mean().sqrt()
+
+
+QUANTILES = {dtype: _quantiles().to(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+"""In each dtype, shape (LEVELS,), ascending; the largest is 4.2."""
 
 
 def uniform(v: Vector, context: StepContext, seed: int) -> Vector:
@@ -40,24 +46,22 @@ def normal(v: Vector, context: StepContext, seed: int) -> Vector:
 def normal_(t: Tensor, generator: torch.Generator) -> Tensor:
     """Fill `t`, whose memory has no gaps, in place with numbers of a standard normal distribution.
 
-    On the CPU a generator draws on one thread. Where there is more than a piece to draw, it draws a seed for each
-    piece instead, and all threads draw pieces: the numbers do not depend on how many there are.
+    On the CPU sixteen random bits choose one of its `QUANTILES`: a distribution function that is right to 2⁻¹⁷, in
+    less than half of the time of torch's logarithms and cosines.
     """
-    if t.device.type not in tensors_.HOST or t.numel() <= DRAWN:
+    if t.device.type not in tensors_.HOST:
         return t.normal_(generator=generator)
-    pieces = in_memory_order(t.detach()).split(DRAWN)
-    seeds = torch.randint(2**32, (len(pieces),), generator=generator, device=t.device).tolist()
-    if (threads := torch.get_num_threads()) == 1:
-        list(map(_draw, pieces, seeds))
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(_draw, pieces, seeds))
+    table = QUANTILES[t.dtype]
+    for piece in in_memory_order(t.detach()).split(CHUNK):
+        chosen = _sixteen_bits(piece, generator).view(torch.uint16).to(torch.int64)
+        torch.index_select(table, 0, chosen, out=piece)
     return t
 
 
-def _draw(piece: Tensor, seed: int) -> None:
-    with torch.inference_mode(piece.is_inference()):  # a thread begins with the mode off
-        piece.normal_(generator=torch.Generator().manual_seed(seed))
+def _sixteen_bits(t: Tensor, generator: torch.Generator) -> Tensor:
+    """int16, shape (len(t),): as many random words as the vector `t` has numbers."""
+    words = torch.empty(-(-len(t) // 4), dtype=torch.int64, device=t.device)
+    return words.random_(-(2**63), None, generator=generator).view(torch.int16)[: len(t)]
 
 
 def thinned(v: Vector, context: StepContext, share: float, seed: int) -> Vector:
@@ -76,8 +80,7 @@ def _drop(t: Tensor, limit: int, generator: torch.Generator) -> Tensor:
     """Put each number of `t` to zero, in place, unless its sixteen random bits spell less than `limit`."""
     flat = in_memory_order(t)
     for piece in flat.split(CHUNK) if t.device.type in tensors_.HOST else (flat,):
-        words = torch.empty(-(-len(piece) // 4), dtype=torch.int64, device=t.device)
-        bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: len(piece)]
+        bits = _sixteen_bits(piece, generator)
         piece.mul_(torch.lt(bits, limit - LEVELS // 2, out=torch.empty_like(piece)))
     return t
 

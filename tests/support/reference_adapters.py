@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist, fmean
 
 import torch
 from torch import Tensor
@@ -50,6 +52,23 @@ class Factors:
             factors[:] = [t - lr * g for t, g in zip(factors, gradients, strict=True)]
 
 
+@cache
+def quantile(k: int) -> float:
+    return NormalDist().inv_cdf((k + 0.5) / 2**16)
+
+
+@cache
+def spread() -> float:
+    return math.sqrt(fmean(quantile(k) ** 2 for k in range(2**16)))
+
+
+def standard_normal(n: int, stream: torch.Generator) -> list[float]:
+    """Each sixteen bits of the stream choose one of 2¹⁶ equally likely quantiles, which are scaled to variance 1."""
+    words = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None, generator=stream).tolist()
+    bits = [(word >> 16 * i) & 0xFFFF for word in words for i in range(4)]
+    return [quantile(k) / spread() for k in bits[:n]]
+
+
 def flat_lora(
     x: Factors, losses: list[Loss], sigma: float, lr: float, *, growing: bool = True, seed: int = 0
 ) -> Factors:
@@ -59,7 +78,7 @@ def flat_lora(
         noise = []
         for layer, merged in enumerate(x.merged()):
             stream = torch.Generator().manual_seed((seed * 1_000_003 + t) * 1_000_003 + layer)
-            drawn = torch.randn(merged.shape, dtype=merged.dtype, generator=stream)
+            drawn = torch.tensor(standard_normal(merged.numel(), stream), dtype=merged.dtype).view(merged.shape)
             rows = [f * sigma * row.norm() / math.sqrt(len(row)) * d for row, d in zip(merged, drawn, strict=True)]
             noise.append(torch.stack(rows))
         x.step(x.gradient(loss, noise), lr)
