@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from statistics import NormalDist, fmean
 
 import torch
 from torch import Tensor
+
+from tests.support.reference_noise import standard_normal
 
 Loss = Callable[[list[Tensor]], Tensor]
 """`merged weights -> loss`."""
@@ -50,23 +50,6 @@ class Factors:
     def step(self, grads: tuple[list[Tensor], list[Tensor]], lr: float) -> None:
         for factors, gradients in zip((self.a, self.b), grads, strict=True):
             factors[:] = [t - lr * g for t, g in zip(factors, gradients, strict=True)]
-
-
-@cache
-def quantile(k: int) -> float:
-    return NormalDist().inv_cdf((k + 0.5) / 2**16)
-
-
-@cache
-def spread() -> float:
-    return math.sqrt(fmean(quantile(k) ** 2 for k in range(2**16)))
-
-
-def standard_normal(n: int, stream: torch.Generator) -> list[float]:
-    """Each sixteen bits of the stream choose one of 2¹⁶ equally likely quantiles, which are scaled to variance 1."""
-    words = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None, generator=stream).tolist()
-    bits = [(word >> 16 * i) & 0xFFFF for word in words for i in range(4)]
-    return [quantile(k) / spread() for k in bits[:n]]
 
 
 def flat_lora(
