@@ -8,8 +8,8 @@
 The limit of a step of two passes is two bare passes and one step of the optimizer; of another one, as many passes as
 it takes. All loops take turns within each round, in an order that changes, in one process and on the same weights (the
 learning rate is 0), so that a slow moment of the machine slows all of them; a ratio is one round's time over the same
-round's. A number is the median of the ratios with their quartiles. A round is five steps, LookSAM's period. The
-Trainer's row is measured against a stock Trainer that is made to run two passes.
+round's. A number is the median of the ratios with their quartiles. The Trainer's row is measured against a stock
+Trainer that is made to run two passes.
 
 Ctrl-C ends the measurement and keeps the rounds that are whole. pytorch_optimizer's SAM is measured where that package
 is installed.
@@ -29,7 +29,7 @@ from support.step_loops import ADAMW, Loop, bare, our_trainer, ours, peers, plai
 from support.step_meters import copy_bandwidth
 from support.step_models import SIZES, Setting, setting
 from support.step_report import Row, description, plot, report, row, write_csv
-from support.step_rounds import PERIOD, measured
+from support.step_rounds import measured
 
 COPIED = 256 * 2**20
 """Bytes of the buffer that tells the machine's bandwidth: no cache holds it."""
@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         for shape in flags.shapes:
             set_seed(0)
             at = setting(name, shape, flags.device, flags.bf16, flags.lora_r)
-            found, whole = measured(loops(at, flags), flags.rounds, flags.device)
+            found, whole = measured(loops(at, flags), flags.rounds, flags.steps, flags.device)
             about = description(name, at, flags.device, "bfloat16 autocast" if flags.bf16 else "float32", bandwidth)
-            here = [row(found, loop, about, PERIOD) for loop in found]
+            here = [row(found, loop, about, flags.steps) for loop in found]
             rows += here
-            print(report(here, PERIOD), flush=True)
+            print(report(here, flags.steps), flush=True)
             if flags.output is not None:
                 flags.output.mkdir(parents=True, exist_ok=True)
                 write_csv(rows, flags.output / "step_cost.csv")
@@ -77,6 +77,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--peer_path", type=Path, help="sam.py of davda54/sam")
     parser.add_argument("--official_path", type=Path, help="sam.py of cltan023/stablesam2024")
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=5, help="of a round; LookSAM's period, or fewer without it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, help="threads on the CPU")
     parser.add_argument("--bf16", action="store_true", help="under bfloat16 autocast")

@@ -9,12 +9,9 @@ from support.step_loops import Loop
 from support.step_meters import traced
 from support.step_report import NOT_TRACED, Measured
 
-PERIOD = 5
-"""Steps in a round: LookSAM's default k."""
 
-
-def measured(loops: list[Loop], rounds: int, device: str) -> tuple[dict[str, Measured], bool]:
-    """The rounds of each loop, and whether there are as many as asked for.
+def measured(loops: list[Loop], rounds: int, steps: int, device: str) -> tuple[dict[str, Measured], bool]:
+    """The rounds of so many steps of each loop, and whether there are as many as asked for.
 
     Raises:
         KeyboardInterrupt: the first round was cut off.
@@ -23,17 +20,17 @@ def measured(loops: list[Loop], rounds: int, device: str) -> tuple[dict[str, Mea
     order, whole = random.Random(0), True
     try:
         for number in tqdm(range(-1, rounds), desc="rounds", leave=False):
-            turn = {loop.name: loop.run(PERIOD) for loop in order.sample(loops, len(loops))}
+            turn = {loop.name: loop.run(steps) for loop in order.sample(loops, len(loops))}
             if number >= 0:  # the first one warms caches and allocators up
                 taken.append(turn)
     except KeyboardInterrupt:
         whole = False
         if not taken:
             raise
-    return {loop.name: collected(loop, taken, device) for loop in loops}, whole
+    return {loop.name: collected(loop, taken, steps, device) for loop in loops}, whole
 
 
-def collected(loop: Loop, taken: list[dict[str, tuple[float, float]]], device: str) -> Measured:
+def collected(loop: Loop, taken: list[dict[str, tuple[float, float]]], steps: int, device: str) -> Measured:
     """A loop's rounds, and what one more of them does; a Trainer's setting up would be traced with it, and is not."""
-    seconds, passes = (np.array(values) / PERIOD for values in zip(*(turn[loop.name] for turn in taken), strict=True))
-    return Measured(loop, seconds, passes, traced(lambda: loop.run(PERIOD), device) if loop.traceable else NOT_TRACED)
+    seconds, passes = (np.array(values) / steps for values in zip(*(turn[loop.name] for turn in taken), strict=True))
+    return Measured(loop, seconds, passes, traced(lambda: loop.run(steps), device) if loop.traceable else NOT_TRACED)

@@ -21,14 +21,26 @@ LEVELS = 2**16
 """How many values sixteen bits have."""
 
 
-def _quantiles() -> Tensor:
-    """LEVELS equally likely numbers of mean 0 and variance 1, the quantiles of the standard normal distribution."""
-    found = torch.special.ndtri((torch.arange(LEVELS, dtype=torch.float64, device="cpu") + 0.5) / LEVELS)
-    return found / found.square().mean().sqrt()
+LARGE = 2**16
+"""Numbers from which memory of our own, for a piece of them, is small beside the tensor's."""
 
 
-QUANTILES = {dtype: _quantiles().to(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
-"""In each dtype, shape (LEVELS,), ascending; the largest is 4.2."""
+def _points() -> Tensor:
+    """complex128, shape (LEVELS,): equally likely points of the plane that lie as N(0, I) does.
+
+    Either coordinate runs through the quantiles of the normal distribution, one in their order and the other in the
+    order of a golden-ratio lattice, so that they do not correlate: means 0, variances 1.
+    """
+    k = torch.arange(LEVELS, dtype=torch.float64, device="cpu")
+    x = torch.special.ndtri((k + 0.5) / LEVELS)
+    x /= x.square().mean().sqrt()
+    y = x[(k * (math.sqrt(5) - 1) / 2 % 1).argsort().argsort()]
+    shared = (x * y).mean()
+    return torch.complex(x, (y - shared * x) / (1 - shared**2).sqrt())
+
+
+POINTS = {torch.float64: _points(), torch.float32: _points().to(torch.complex64)}
+"""Pairs of normal numbers, by the dtype of their coordinates; the largest of these is 4.2."""
 
 
 def uniform(v: Vector, context: StepContext, seed: int) -> Vector:
@@ -46,22 +58,22 @@ def normal(v: Vector, context: StepContext, seed: int) -> Vector:
 def normal_(t: Tensor, generator: torch.Generator) -> Tensor:
     """Fill `t`, whose memory has no gaps, in place with numbers of a standard normal distribution.
 
-    On the CPU sixteen random bits choose one of its `QUANTILES`: a distribution function that is right to 2⁻¹⁷, in
-    less than half of the time of torch's logarithms and cosines.
+    In a large tensor on the CPU sixteen random bits choose one of the `POINTS`, two numbers at once: each is normal to
+    2⁻¹⁷ of its distribution function and a pair to 6e-4, in less than half of the time of logarithms and cosines.
     """
-    if t.device.type not in tensors_.HOST:
+    if t.device.type not in tensors_.HOST or t.numel() <= LARGE:
         return t.normal_(generator=generator)
-    table = QUANTILES[t.dtype]
-    for piece in in_memory_order(t.detach()).split(CHUNK):
-        chosen = _sixteen_bits(piece, generator).view(torch.uint16).to(torch.int64)
-        torch.index_select(table, 0, chosen, out=piece)
+    points, flat = POINTS[torch.promote_types(t.dtype, torch.float32)], in_memory_order(t.detach())
+    words = torch.empty(-(-min(len(flat), CHUNK) // 8), dtype=torch.int64)
+    chosen = torch.empty(4 * len(words), dtype=torch.int32)
+    drawn = torch.empty(4 * len(words), dtype=points.dtype)
+    for piece in flat.split(CHUNK):
+        n = -(-len(piece) // 8)
+        words[:n].random_(-(2**63), None, generator=generator)
+        chosen[: 4 * n].copy_(words[:n].view(torch.uint16))
+        torch.index_select(points, 0, chosen[: 4 * n], out=drawn[: 4 * n])
+        piece.copy_(torch.view_as_real(drawn).flatten()[: len(piece)])
     return t
-
-
-def _sixteen_bits(t: Tensor, generator: torch.Generator) -> Tensor:
-    """int16, shape (len(t),): as many random words as the vector `t` has numbers."""
-    words = torch.empty(-(-len(t) // 4), dtype=torch.int64, device=t.device)
-    return words.random_(-(2**63), None, generator=generator).view(torch.int16)[: len(t)]
 
 
 def thinned(v: Vector, context: StepContext, share: float, seed: int) -> Vector:
@@ -80,7 +92,8 @@ def _drop(t: Tensor, limit: int, generator: torch.Generator) -> Tensor:
     """Put each number of `t` to zero, in place, unless its sixteen random bits spell less than `limit`."""
     flat = in_memory_order(t)
     for piece in flat.split(CHUNK) if t.device.type in tensors_.HOST else (flat,):
-        bits = _sixteen_bits(piece, generator)
+        words = torch.empty(-(-len(piece) // 4), dtype=torch.int64, device=t.device)
+        bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: len(piece)]
         piece.mul_(torch.lt(bits, limit - LEVELS // 2, out=torch.empty_like(piece)))
     return t
 

@@ -83,11 +83,11 @@ def test_benchmark_that_is_cut_off_keeps_the_rounds_that_are_whole():
 
         return Loop(name, run, lambda: 0, traceable=False)
 
-    found, whole = measured([loop("a"), loop("b", ends_at=4)], 9, "cpu")
+    found, whole = measured([loop("a"), loop("b", ends_at=4)], 9, 5, "cpu")
     assert not whole
     assert [len(m.seconds) for m in found.values()] == [2, 2], "a warm-up, two rounds, and a third that was cut off"
     with pytest.raises(KeyboardInterrupt):
-        measured([loop("a", ends_at=2)], 9, "cpu")
+        measured([loop("a", ends_at=2)], 9, 5, "cpu")
 
 
 def test_benchmark_bounds_a_step_by_as_many_bare_passes_as_it_takes():

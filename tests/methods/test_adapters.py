@@ -13,7 +13,6 @@ from hf_ssam import TwoPass
 from hf_ssam.methods import flat_lora as flat_lora_module
 from hf_ssam.methods.bi_lora import product_square
 from hf_ssam.methods.flat_lora import merged_row_norms, noisy
-from hf_ssam.rules.noise import normal_
 from hf_ssam.rules.tensors import Workspace
 from tests.support.cases import ADAPTER_CASES, Case, assert_identical, weights
 from tests.support.reference_adapters import Factors, balanced, bi_lora, flat_lora
@@ -277,7 +276,7 @@ def test_flat_lora_adds_to_bf16_weights_in_float32():
     generator = torch.Generator().manual_seed(3)
     weight, scales = torch.ones(4, 8, dtype=torch.bfloat16), torch.full((4,), 0.1)
     found = noisy(weight, scales, 3, Workspace())
-    torch.testing.assert_close(found, 1 + 0.1 * normal_(torch.empty(4, 8), generator))
+    torch.testing.assert_close(found, 1 + 0.1 * torch.empty(4, 8).normal_(generator=generator))
 
 
 def test_row_norms_are_those_of_the_merged_weight():

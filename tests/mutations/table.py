@@ -116,7 +116,7 @@ METHODS = (
     Mutation("methods/bar.py", "a skipped step is balanced", "finite.to(grows.device, grows.dtype) * (context.rho * context.lr)", "context.rho * context.lr", ON_LORA),
     Mutation("methods/bar.py", "the product changes by more", "1 - a * sign])", "1 / (1 + a * sign)])", ON_LORA),
     Mutation("methods/flat_lora.py", "noise by the rows of W alone", "+ (change * b).sum(dim=1)", "", ON_LORA),
-    Mutation("rules/noise.py", "normal numbers of another variance", "return found / found.square().mean().sqrt()", "return found * 1.01", NOISE),
+    Mutation("rules/noise.py", "two numbers drawn at once that correlate", "(y - shared * x) / (1 - shared**2).sqrt()", "(y + 0.02 * x)", NOISE),
     Mutation("methods/flat_lora.py", "row norms in the precision of autocast", "enabled=False", "enabled=True", ON_LORA),
     Mutation("methods/flat_lora.py", "all layers draw alike", "self._number + index", "self._number", ON_LORA),
     Mutation("methods/bi_lora.py", "the clip scales each factor by the whole ratio", "torch.sqrt(torch.clamp(context.rho / (length + EPS), max=1.0))", "torch.clamp(context.rho / (length + EPS), max=1.0)", ON_LORA),

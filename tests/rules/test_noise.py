@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_ssam import TwoPass
 from hf_ssam.engine.parameters import trainable, transposed_names
 from hf_ssam.rules.context import StepContext
-from hf_ssam.rules.noise import LEVELS, QUANTILES, filterwise, normal, normal_
+from hf_ssam.rules.noise import LEVELS, POINTS, filterwise, normal, normal_
 from hf_ssam.rules.rows import row_length, row_norms
 from hf_ssam.rules.space import CHUNK, ParameterSpace
 from tests.engine.test_two_pass import backward_of, loss_of, regression
@@ -114,11 +114,18 @@ def test_normal_numbers_have_the_standard_normal_distribution(dtype: torch.dtype
         assert abs((drawn**power).mean() - moment) < 5 * spread / math.sqrt(n), power
 
 
-def test_quantiles_are_those_of_the_normal_distribution():
-    table = QUANTILES[torch.float64]
+def test_points_lie_as_a_normal_distribution_of_the_plane_does():
+    points = POINTS[torch.float64]
+    x, y = points.real, points.imag
     middle = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
-    assert (torch.special.ndtr(table) - middle).abs().max() < 2**-17
-    assert abs(table.mean()) < 1e-12 and abs(table.square().mean() - 1) < 1e-12
+    assert (torch.special.ndtr(x) - middle).abs().max() < 2**-17
+    for angle in torch.linspace(0, math.pi, 13, dtype=torch.float64):
+        along = (x * angle.cos() + y * angle.sin()).sort().values
+        assert (torch.special.ndtr(along) - middle).abs().max() < 6e-4
+    assert ((1 - (-(x**2 + y**2) / 2).exp()).sort().values - middle).abs().max() < 6e-4, "the radius"
+    second = torch.stack([x, y]) @ torch.stack([x, y]).T / LEVELS
+    assert max(abs(x.mean()), abs(y.mean())) < 1e-12
+    torch.testing.assert_close(second, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_pieces_of_a_large_tensor_and_neighbours_in_it_are_drawn_apart():

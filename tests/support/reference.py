@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.support.reference_noise import standard_normal
-
 Gradient = Callable[[Tensor], Tensor]
 
 
@@ -161,7 +159,7 @@ def random_perturbation(
     step = state["t"] = state.get("t", -1) + 1
     stream, e = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_000_003), []
     for w_l, shape in zip(w.split([math.prod(shape) for shape in shapes]), shapes, strict=True):
-        noise = torch.tensor(standard_normal(math.prod(shape), stream), dtype=w.dtype).view(shape)
+        noise = torch.randn(shape, dtype=w.dtype, generator=stream)
         rows = w_l.view(shape[0] if len(shape) > 1 else 1, -1)
         for row, drawn in zip(rows, noise.view_as(rows), strict=True):
             e.append(rho * row.norm() / math.sqrt(len(row)) * drawn)

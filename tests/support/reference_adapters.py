@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.support.reference_noise import standard_normal
-
 Loss = Callable[[list[Tensor]], Tensor]
 """`merged weights -> loss`."""
 
@@ -61,7 +59,7 @@ def flat_lora(
         noise = []
         for layer, merged in enumerate(x.merged()):
             stream = torch.Generator().manual_seed((seed * 1_000_003 + t) * 1_000_003 + layer)
-            drawn = torch.tensor(standard_normal(merged.numel(), stream), dtype=merged.dtype).view(merged.shape)
+            drawn = torch.randn(merged.shape, dtype=merged.dtype, generator=stream)
             rows = [f * sigma * row.norm() / math.sqrt(len(row)) * d for row, d in zip(merged, drawn, strict=True)]
             noise.append(torch.stack(rows))
         x.step(x.gradient(loss, noise), lr)
