@@ -104,8 +104,8 @@ def fit(
     """Train `model` as `settings` say.
 
     Returns:
-        `steps` and `passes`; and for a method with two losses `rise`: by how much the ascent raises the loss, as a
-        share of it, on average over the first epoch.
+        `steps`, `passes` and `rho_used`; and for a method with two losses `rise`: by how much the ascent raises the
+        loss, as a share of it, on average over the first epoch.
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer = SSAMTrainer(
@@ -118,7 +118,7 @@ def fit(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     log = trainer.state.log_history
-    found = {"steps": trainer.state.global_step, "passes": round(passes(trainer), 1)}
+    found = {"steps": trainer.state.global_step, "passes": round(passes(trainer), 1), "rho_used": trainer.args.rho}
     risen = [e["ssam/ascent_loss"] / e["ssam/loss"] - 1 for e in log if "ssam/ascent_loss" in e]
     return found | ({"rise": risen[0]} if risen else {})
 
