@@ -25,8 +25,8 @@ LARGE = 2**16
 """Numbers from which memory of our own, for a piece of them, is small beside the tensor's."""
 
 
-def _points() -> Tensor:
-    """complex128, shape (LEVELS,): equally likely points of the plane that lie as N(0, I) does.
+def _points() -> dict[torch.dtype, Tensor]:
+    """LEVELS equally likely points of the plane that lie as N(0, I) does, complex, by the dtype of their coordinates.
 
     Either coordinate runs through the quantiles of the normal distribution, one in their order and the other in the
     order of a golden-ratio lattice, so that they do not correlate: means 0, variances 1.
@@ -36,11 +36,12 @@ def _points() -> Tensor:
     x /= x.square().mean().sqrt()
     y = x[(k * (math.sqrt(5) - 1) / 2 % 1).argsort().argsort()]
     shared = (x * y).mean()
-    return torch.complex(x, (y - shared * x) / (1 - shared**2).sqrt())
+    points = torch.complex(x, (y - shared * x) / (1 - shared**2).sqrt())
+    return {torch.float64: points, torch.float32: points.to(torch.complex64)}
 
 
-POINTS = {torch.float64: _points(), torch.float32: _points().to(torch.complex64)}
-"""Pairs of normal numbers, by the dtype of their coordinates; the largest of these is 4.2."""
+POINTS = _points()
+"""Pairs of normal numbers, the largest of which is 4.3."""
 
 
 def uniform(v: Vector, context: StepContext, seed: int) -> Vector:
@@ -64,9 +65,9 @@ def normal_(t: Tensor, generator: torch.Generator) -> Tensor:
     if t.device.type not in tensors_.HOST or t.numel() <= LARGE:
         return t.normal_(generator=generator)
     points, flat = POINTS[torch.promote_types(t.dtype, torch.float32)], in_memory_order(t.detach())
-    words = torch.empty(-(-min(len(flat), CHUNK) // 8), dtype=torch.int64)
-    chosen = torch.empty(4 * len(words), dtype=torch.int32)
-    drawn = torch.empty(4 * len(words), dtype=points.dtype)
+    words = torch.empty(-(-min(len(flat), CHUNK) // 8), dtype=torch.int64, device=t.device)
+    chosen = words.new_empty(4 * len(words), dtype=torch.int32)
+    drawn = words.new_empty(4 * len(words), dtype=points.dtype)
     for piece in flat.split(CHUNK):
         n = -(-len(piece) // 8)
         words[:n].random_(-(2**63), None, generator=generator)
