@@ -37,7 +37,7 @@ COPIED = 256 * 2**20
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Measure what the command line asks for, print a table for each model and batch, and write all of them."""
-    flags = arguments().parse_args(argv)
+    flags = parsed(argv)
     torch.set_num_threads(flags.threads or torch.get_num_threads())
     bandwidth = copy_bandwidth(COPIED, flags.device)
     rows: list[Row] = []
@@ -57,6 +57,16 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             if not whole:
                 return rows
     return rows
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, whose rounds are whole periods of what it measures."""
+    parser = arguments()
+    flags = parser.parse_args(argv)
+    period = 5 if {"looksam", "look_layersam"} & {*flags.methods, *flags.trainer_methods} else 1
+    if flags.steps < 1 or flags.steps % period:
+        parser.error(f"--steps: {flags.steps} steps are not whole periods of {period}; give a multiple of {period}.")
+    return flags
 
 
 def shape(text: str) -> tuple[int, int]:

@@ -22,21 +22,22 @@ LEVELS = 2**16
 
 
 LARGE = 2**16
-"""Numbers from which memory of our own, for a piece of them, is small beside the tensor's."""
+"""Numbers up to which a tensor is drawn by torch, which needs no memory beside it."""
 
 
 def _points() -> dict[torch.dtype, Tensor]:
     """LEVELS equally likely points of the plane that lie as N(0, I) does, complex, by the dtype of their coordinates.
 
-    Either coordinate runs through the quantiles of the normal distribution, one in their order and the other in the
-    order of a golden-ratio lattice, so that they do not correlate: means 0, variances 1.
+    Both coordinates run through the quantiles of the normal distribution, one in their order and the other in the
+    order of a golden-ratio lattice; what they still share is taken out of the second: means 0, variances 1, covariance
+    0. The sums are exact, so that no number of threads changes a bit.
     """
     k = torch.arange(LEVELS, dtype=torch.float64, device="cpu")
     x = torch.special.ndtri((k + 0.5) / LEVELS)
-    x /= x.square().mean().sqrt()
+    x /= math.sqrt(math.fsum(x.square()) / LEVELS)
     y = x[(k * (math.sqrt(5) - 1) / 2 % 1).argsort().argsort()]
-    shared = (x * y).mean()
-    points = torch.complex(x, (y - shared * x) / (1 - shared**2).sqrt())
+    shared = math.fsum(x * y) / LEVELS
+    points = torch.complex(x, (y - shared * x) / math.sqrt(1 - shared**2))
     return {torch.float64: points, torch.float32: points.to(torch.complex64)}
 
 
@@ -59,8 +60,9 @@ def normal(v: Vector, context: StepContext, seed: int) -> Vector:
 def normal_(t: Tensor, generator: torch.Generator) -> Tensor:
     """Fill `t`, whose memory has no gaps, in place with numbers of a standard normal distribution.
 
-    In a large tensor on the CPU sixteen random bits choose one of the `POINTS`, two numbers at once: each is normal to
-    2⁻¹⁷ of its distribution function and a pair to 6e-4, in less than half of the time of logarithms and cosines.
+    In a large tensor on the CPU sixteen random bits choose one of the `POINTS`, two numbers at once, which takes about
+    half of the time of logarithms and cosines. The distribution function of a number is right to 7e-5, that of a sum
+    `a x + b y` of the two to 8e-4. It needs 7 bytes (float64: 11) for each of at most `CHUNK` numbers besides.
     """
     if t.device.type not in tensors_.HOST or t.numel() <= LARGE:
         return t.normal_(generator=generator)

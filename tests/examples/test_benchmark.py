@@ -71,6 +71,13 @@ def test_benchmark_of_time_only_counts_no_memory(flags, capsys):
     assert "| – |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("steps", "methods"), [("3", ["looksam"]), ("0", ["ssam"])])
+def test_benchmark_refuses_rounds_that_are_no_whole_periods(steps, methods, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_step.main(["--steps", steps, "--methods", *methods])
+    assert f"--steps: {steps} steps are not whole periods" in capsys.readouterr().err
+
+
 def test_benchmark_that_is_cut_off_keeps_the_rounds_that_are_whole():
     def loop(name: str, ends_at: int | None = None) -> Loop:
         calls = []
