@@ -20,7 +20,6 @@ from .tensors import Vector, copies, empties, parts, scaled
 LEVELS = 2**16
 """How many values sixteen bits have."""
 
-
 LARGE = 2**16
 """Numbers up to which a tensor is drawn by torch, which needs no memory beside it."""
 
@@ -29,8 +28,9 @@ def _points() -> dict[torch.dtype, Tensor]:
     """LEVELS equally likely points of the plane that lie as N(0, I) does, complex, by the dtype of their coordinates.
 
     Both coordinates run through the quantiles of the normal distribution, one in their order and the other in the
-    order of a golden-ratio lattice; what they still share is taken out of the second: means 0, variances 1, covariance
-    0. The sums are exact, so that no number of threads changes a bit.
+    order of a golden-ratio lattice (Niederreiter, Random Number Generation and Quasi-Monte Carlo Methods, 1992); what
+    they still share is taken out of the second: means 0, variances 1, covariance 0. The sums are exact, so that no
+    number of threads changes a bit.
     """
     k = torch.arange(LEVELS, dtype=torch.float64, device="cpu")
     x = torch.special.ndtri((k + 0.5) / LEVELS)
