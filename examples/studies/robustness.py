@@ -59,6 +59,7 @@ def figures(rows: pd.DataFrame, plan: StudyPlan, folder: Path) -> None:
     """`robustness.png`: the accuracy under each change, a panel a share of wrong labels."""
     names, groups = {"clean": "as it is", **changes(plan)}, list(by_condition(rows, "noise"))
     axes = canvas(1, len(groups), (5.4, 3.8))
+    fullest = max(range(len(groups)), key=lambda i: groups[i][1]["arm"].nunique())
     for ax, (noise, here) in zip(axes, groups, strict=True):
         for number, arm in enumerate(plan.arms):
             own = here[here["arm"] == arm]
@@ -66,6 +67,6 @@ def figures(rows: pd.DataFrame, plan: StudyPlan, folder: Path) -> None:
                 style = look(number)
                 ax.plot(list(names.values()), own[list(names)].mean() * 100, marker="o", label=arm, **style)
         ax.tick_params(axis="x", rotation=45)
-        dress(ax, f"trained with {noise:.0%} random labels", "", "correct on test images, %", legend=ax is axes[0])
+        dress(ax, f"trained with {noise:.0%} random labels", "", "correct on test images, %", legend=ax is axes[fullest])
     axes[0].figure.suptitle("Finished models with rounded weights, and with noise in them")
     save(axes[0], folder / "robustness.png")
