@@ -67,6 +67,7 @@ def figures(rows: pd.DataFrame, plan: StudyPlan, folder: Path) -> None:
                 style = look(number)
                 ax.plot(list(names.values()), own[list(names)].mean() * 100, marker="o", label=arm, **style)
         ax.tick_params(axis="x", rotation=45)
-        dress(ax, f"trained with {noise:.0%} random labels", "", "correct on test images, %", legend=ax is axes[fullest])
+        title = f"trained with {noise:.0%} random labels"
+        dress(ax, title, "", "correct on test images, %", legend=ax is axes[fullest])
     axes[0].figure.suptitle("Finished models with rounded weights, and with noise in them")
     save(axes[0], folder / "robustness.png")

@@ -38,12 +38,13 @@ class Displacement:
     def __init__(self, space: ParameterSpace, offload: bool):
         self._space, self.offload = space, offload
         self._snapshot: Snapshot | None = None
+        self._w: Vector = {}
         self._survival_known = False
 
     def by(self, u: Vector, rho: float, spent: bool = False) -> Displacement:
         """Move by `ρ u`; the tensors of a `spent` direction may be overwritten. Only inside `with` is it undone."""
         names = list(parts(u)[0])
-        w = self._space.weights(names)
+        w = self._w = self._space.weights(names)
         self._snapshot = Snapshot(self._space.stored(names), self.offload)
         try:
             move(w, u, rho, spent and self._survival_known)
@@ -65,7 +66,9 @@ class Displacement:
         """Put the weights back, if they are not."""
         if self._snapshot is not None:
             self._snapshot.restore()
-            self._snapshot = None
+            self._space.rebind(self._w)
+            self._snapshot.release()
+            self._snapshot, self._w = None, {}
             torch.clear_autocast_cache()
 
     def _check_survival(self, w: Vector, u: Vector, rho: float) -> None:

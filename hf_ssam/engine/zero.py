@@ -74,6 +74,9 @@ class ZeroSpace(ParameterSpace):
         masters = [t.detach() for t in self._optimizer.single_partition_of_fp32_groups]
         return [*masters, *self._optimizer.bit16_groups_flat]
 
+    def rebind(self, w: Vector) -> None:
+        """Nothing: the model's weights are not the master weights."""
+
     def refresh_model(self) -> None:
         """Round the master weights and gather them; every rank calls this."""
         self._optimizer.update_lp_params()

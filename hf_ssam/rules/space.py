@@ -70,6 +70,13 @@ class ParameterSpace:
         """The tensors that moving the named weights writes to, in the order of `names` where each weight is one."""
         return list(self.weights(names).values())
 
+    def rebind(self, w: Vector) -> None:
+        """Let parameters be in the memory of `w` again: a forward may have put another tensor in `p.data`."""
+        for name, tensor in w.items():
+            p = self.params[name]
+            if not isinstance(p, DTensor) and p.data_ptr() != tensor.data_ptr():
+                p.data = tensor
+
     def refresh_model(self) -> None:
         """Let the model compute with weights that were written to; it does where they are its own."""
 

@@ -17,7 +17,7 @@ every copy is simply a new tensor.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 
 import torch
@@ -80,12 +80,20 @@ class Workspace:
     def reclaim(self, but: Iterable[Tensor] = ()) -> None:
         """Take back all that was borrowed, except the tensors `but`, which stay with who has them."""
         held = {id(t) for t in but}
+        self._end(lambda t: id(t) not in held)
+
+    def take_back(self, tensors: Iterable[Tensor]) -> None:
+        """Take back `tensors` before the step ends: nobody reads them any more."""
+        ended = {id(t) for t in tensors}
+        self._end(lambda t: id(t) in ended)
+
+    def _end(self, which: Callable[[Tensor], bool]) -> None:
         lent, self._lent = self._lent, []
         for layout, tensor in lent:
-            if id(tensor) in held:
-                self._lent.append((layout, tensor))
-            else:
+            if which(tensor):
                 self._free.setdefault(layout, []).append(tensor)
+            else:
+                self._lent.append((layout, tensor))
 
 
 def empties(tensors: list[Tensor]) -> list[Tensor]:
@@ -132,6 +140,11 @@ class Snapshot:
         except BaseException:
             self._copy_back()
             raise
+
+    def release(self) -> None:
+        """Let the workspace in use lend the memory of the copies again."""
+        if (workspace := _CURRENT.get()) is not None:
+            workspace.take_back(self.copies)
 
     def _copy_back(self) -> None:
         if self.tensors:

@@ -38,6 +38,7 @@ VECTORS = ("tests/rules/test_vectors.py",)
 MASKS = ("tests/rules/test_masks.py",)
 DESCENT = ("tests/rules/test_descent.py", "tests/rules/test_orthogonal.py")
 ADAPTIVE = ("tests/rules/test_adaptive.py",)
+PLACES = ("tests/engine/test_displacement.py",)
 AUTOCAST = ("tests/engine/test_autocast_cache.py",)
 TWO_PASS = "tests/engine/test_two_pass.py::"
 REFERENCE = (TWO_PASS + "test_every_method_follows_its_float64_reference",)
@@ -134,8 +135,11 @@ ENGINE = (
     Mutation("engine/gradients.py", "no radius overlooks the loss", "finite(window.loss, grad_norm)", "finite(grad_norm)", NOT_FINITE),
     Mutation("engine/gradients.py", "a GradScaler is not told of a spoiled step", "torch.where(finite, 1.0, torch.nan)", "torch.where(finite, 1.0, 1.0)", NOT_FINITE),
     Mutation("engine/gradients.py", "all weights move ahead, not the perturbed ones", "self.space.weights(self.perturbed), {}", "self.space.weights(), {}", KEPT),
+    Mutation("engine/passes.py", "each micro-batch takes a copy", "            self._snapshot.release()\n", "", PLACES),
+    Mutation("engine/passes.py", "weights that a forward replaced stay", "            self._space.rebind(self._w)\n", "", PLACES),
+    Mutation("rules/tensors.py", "memory is lent again while somebody reads it", "self._end(lambda t: id(t) in ended)", "self._end(lambda t: True)", PLACES),
     Mutation("engine/passes.py", "the second pass sees stale casts", "torch.clear_autocast_cache()  #", "pass  #", ("tests/engine/test_precision.py::test_the_second_pass_casts_the_perturbed_weights",)),
-    Mutation("engine/passes.py", "casts of perturbed weights outlive the step", "self._snapshot = None\n            torch.clear_autocast_cache()", "self._snapshot = None", AUTOCAST),
+    Mutation("engine/passes.py", "casts of perturbed weights outlive the step", "self._snapshot, self._w = None, {}\n            torch.clear_autocast_cache()", "self._snapshot, self._w = None, {}", AUTOCAST),
     Mutation("engine/gradients.py", "a micro-batch climbs by its share", "else window.share", "else 1.0", SHARES),
     Mutation("engine/gradients.py", "a second pass counts nothing", "r.first + r.second", "r.first", (TWO_PASS + "test_the_report_says_what_happened",)),
     Mutation("engine/report.py", "one micro-batch's overflow is overlooked", "torch.stack(values(\"skipped\")).any()", "torch.stack(values(\"skipped\")).all()", PRECISION),
