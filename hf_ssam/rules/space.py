@@ -74,7 +74,7 @@ class ParameterSpace:
         """Let parameters be in the memory of `w` again: a forward may have put another tensor in `p.data`."""
         for name, tensor in w.items():
             p = self.params[name]
-            if not isinstance(p, DTensor) and p.data_ptr() != tensor.data_ptr():
+            if type(p) is nn.Parameter and p.data_ptr() != tensor.data_ptr():  # a tensor of another kind may have none
                 p.data = tensor
 
     def refresh_model(self) -> None:
