@@ -50,7 +50,7 @@ def test_benchmark_compares_every_loop_with_a_plain_step_and_with_its_passes(fla
     assert {name: by_name[name].passes for name in passes} == pytest.approx(passes)
     for name in (PLAIN, LIMIT, TRAINER):
         assert by_name[name].limit == pytest.approx(1) or name == TRAINER
-        assert (by_name[name].beyond_ms == 0) == (name != TRAINER)
+        assert by_name[name].beyond_ms == pytest.approx(0, abs=1e-9) or name == TRAINER
     # AdamW remembers two vectors; davda54's SAM one more, LookSAM one, and Momentum-SAM its momentum.
     kept = {n: r.kept_bytes / (4 * r.trained) for n, r in by_name.items()}
     assert [kept[n] for n in (PLAIN, "ssam", "SSAMTrainer, ssam")] == pytest.approx([2, 2, 2])
