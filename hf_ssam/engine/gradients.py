@@ -109,7 +109,7 @@ class Gradients:
         u = self._rules.ascent(targets, context)
         perturbation_norm = context.rho * context.norm(u)
         spent = not keeps and parts(u)[0] is parts(targets)[0]  # u is a multiple of g, and g is read no more
-        with self._passes.displacement.by(u, context.rho, spent):
+        with self._passes.displacement.by(u, context.rho, spent, context.w):
             del u, targets  # a model's worth of memory each
             context.release(keeps)
             self.space.clear_grads()

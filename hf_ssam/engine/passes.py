@@ -1,18 +1,24 @@
-"""Running the micro-batches of a window at `w` and at `w + e`: the same function twice, and `w` comes back."""
+"""Running the micro-batches of a window at `w` and at `w + e`: the same function twice, and `w` comes back.
+
+Where the model alone holds its weights, on the CPU, they change places: `w + e` is computed into other memory, which
+is the parameters' until the weights come back, and `w` is not written to at all. That moves 12 bytes a float32 number.
+Writing in place beside a copy moves 28, and is the way wherever an address must stay or somebody else looks at the
+memory: on a GPU, for shards, for weights that are views of a larger tensor or have one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..rules.space import ParameterSpace
 from ..rules.state import MethodState
-from ..rules.tensors import Snapshot, Vector, move, parts
+from ..rules.tensors import Snapshot, Vector, current, holders, move, parts
 from .adapters import Adapters
 from .forward_recorder import ForwardRecorder, RecordedForward
 from .logit_gradients import LogitGradients
@@ -22,6 +28,83 @@ from .replay import Replay
 from .sample_selection import SampleSelection
 from .squared_gradients import squared_gradients
 from .window import AccumulationWindow, MicroBatchRecord, Offset
+
+
+class InPlace:
+    """Weights that are written to, beside a copy of them.
+
+    Args:
+        space: the parameters.
+        names: which of them move.
+        offload: keep the copy in host memory.
+
+    Attributes:
+        before: what was written to, as it was.
+    """
+
+    def __init__(self, space: ParameterSpace, names: Sequence[str], offload: bool):
+        self._space, self._w = space, space.weights(names)
+        self._snapshot = Snapshot(space.stored(names), offload)
+        self.before = self._snapshot.copies
+
+    def move(self, u: Vector, rho: float, spent: bool) -> None:
+        """`w ← w + ρ u`; a `spent` direction may be overwritten."""
+        move(self._w, u, rho, spent)
+
+    def restore(self) -> None:
+        """Write the copy back, and let its memory be lent again."""
+        self._snapshot.restore()
+        self._space.rebind(self._w)
+        self._snapshot.release()
+
+
+class Exchange:
+    """Parameters that are in other memory meanwhile.
+
+    Args:
+        params: those that move; nobody else looks at their memory.
+
+    Attributes:
+        before: the weights as they are, in their own memory.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter]):
+        self._params, self._workspace = params, current()
+        self.before = [p.detach() for p in params]
+        self._elsewhere = [self._workspace.borrow(t) for t in self.before]
+
+    def move(self, u: Vector, rho: float, spent: bool) -> None:
+        """Let the parameters be `w + ρ u`, the bits that `InPlace` leaves; no direction is overwritten."""
+        others, factor = parts(u)
+        alpha = float(factor * rho)
+        with torch.no_grad():
+            for out, w, other in zip(self._elsewhere, self.before, others.values(), strict=True):
+                torch.add(w, other, alpha=alpha, out=out)
+        self._place(self._elsewhere)
+
+    def restore(self) -> None:
+        """Put the weights back; an interrupt that comes meanwhile is raised once all of them are back."""
+        try:
+            self._put_back()
+        except BaseException:
+            self._put_back()
+            raise
+        self._workspace.take_back(self._elsewhere)
+
+    def _put_back(self) -> None:
+        """What looks at the other memory, a view that the second pass left, keeps looking at the parameter's."""
+        home = list(self.before)
+        for i, (p, elsewhere) in enumerate(zip(self._params, self._elsewhere, strict=True)):
+            if holders(elsewhere) > 1 + (p.data_ptr() == elsewhere.data_ptr()):
+                home[i] = elsewhere.copy_(self.before[i])
+                self._workspace.give_away(elsewhere)
+        self._place(home)
+
+    def _place(self, memory: list[Tensor]) -> None:
+        for p, tensor in zip(self._params, memory, strict=True):
+            p.data = tensor
+        # autograd must refuse to go back through what was computed with the other weights
+        torch.autograd.graph.increment_version(self._params)
 
 
 class Displacement:
@@ -37,20 +120,25 @@ class Displacement:
 
     def __init__(self, space: ParameterSpace, offload: bool):
         self._space, self.offload = space, offload
-        self._snapshot: Snapshot | None = None
-        self._w: Vector = {}
+        self._moved: InPlace | Exchange | None = None
         self._survival_known = False
 
-    def by(self, u: Vector, rho: float, spent: bool = False) -> Displacement:
-        """Move by `ρ u`; the tensors of a `spent` direction may be overwritten. Only inside `with` is it undone."""
+    def by(self, u: Vector, rho: float, spent: bool = False, known: Container[str] = ()) -> Displacement:
+        """Move by `ρ u`. Only inside `with` is it undone.
+
+        Args:
+            u: the direction.
+            rho: how far.
+            spent: whether the tensors of `u` may be overwritten.
+            known: names of weights that the step itself looks at once, and not before they are back.
+        """
         names = list(parts(u)[0])
-        w = self._w = self._space.weights(names)
-        self._snapshot = Snapshot(self._space.stored(names), self.offload)
+        self._moved = self._way(names, known)
         try:
-            move(w, u, rho, spent and self._survival_known)
+            self._moved.move(u, rho, spent and self._survival_known)
             self._space.refresh_model()
             torch.clear_autocast_cache()  # one autocast context around both passes would show the second stale casts
-            self._check_survival(w, u, rho)
+            self._check_survival(names, u, rho, self._moved.before)
         except BaseException:
             self.restore()
             raise
@@ -64,21 +152,25 @@ class Displacement:
 
     def restore(self) -> None:
         """Put the weights back, if they are not."""
-        if self._snapshot is not None:
-            self._snapshot.restore()
-            self._space.rebind(self._w)
-            self._snapshot.release()
-            self._snapshot, self._w = None, {}
+        if self._moved is not None:
+            self._moved.restore()
+            self._moved = None
             torch.clear_autocast_cache()
 
-    def _check_survival(self, w: Vector, u: Vector, rho: float) -> None:
+    def _way(self, names: list[str], known: Container[str]) -> InPlace | Exchange:
+        if self._space.alone(names, known):
+            return Exchange([self._space.params[n] for n in names])
+        return InPlace(self._space, names, self.offload)
+
+    def _check_survival(self, names: list[str], u: Vector, rho: float, before: list[Tensor]) -> None:
         """Once, and only where a perturbed weight is in low precision: measure what rounding left of the step."""
-        if self._survival_known or not w or self._snapshot is None:
+        if self._survival_known or not names:
             return
         self._survival_known = True
+        w = self._space.weights(names)
         if is_low_precision(list(w.values())):
             lowest = max((t.dtype for t in w.values()), key=lambda dtype: torch.finfo(dtype).eps)
-            warn_if_lost(survival(w, self._snapshot.copies, u, rho), lowest, rho)
+            warn_if_lost(survival(w, before, u, rho), lowest, rho)
 
 
 class Passes:

@@ -16,7 +16,7 @@ ZeRO 0 keeps whole gradients in `.grad` and needs none of this.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,10 @@ class ZeroSpace(ParameterSpace):
         """The master weights and the weights that the model computes with."""
         masters = [t.detach() for t in self._optimizer.single_partition_of_fp32_groups]
         return [*masters, *self._optimizer.bit16_groups_flat]
+
+    def alone(self, names: Iterable[str], known: Container[str]) -> bool:
+        """Never: partitions are views of the groups' flat tensors."""
+        return False
 
     def rebind(self, w: Vector) -> None:
         """Nothing: the model's weights are not the master weights."""

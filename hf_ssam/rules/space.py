@@ -10,7 +10,7 @@ pieces in float64. A GPU sums in a tree and needs none of this.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -69,6 +69,10 @@ class ParameterSpace:
     def stored(self, names: Iterable[str]) -> list[Tensor]:
         """The tensors that moving the named weights writes to, in the order of `names` where each weight is one."""
         return list(self.weights(names).values())
+
+    def alone(self, names: Iterable[str], known: Container[str]) -> bool:
+        """Whether all are plain weights on the CPU that no other tensor looks at, but one for each name of `known`."""
+        return all(_alone(self.params[n], 1 + (n in known)) for n in names)
 
     def rebind(self, w: Vector) -> None:
         """Let parameters be in the memory of `w` again: a forward may have put another tensor in `p.data`."""
@@ -142,7 +146,7 @@ class ParameterSpace:
             return torch.zeros(0)
         tensors, factor = parts(v)
         each = norms_of(list(tensors.values()))
-        each = self._summed(tensors, each.square()).sqrt() if self._sharded(tensors) else each
+        each = self._summed(tensors, each.square()).sqrt() if any(self._groups[n] for n in tensors) else each
         return times(each, factor)
 
     def norm(self, v: Vector) -> Tensor:
@@ -172,10 +176,7 @@ class ParameterSpace:
         each = [t.sum() for t in masks.values()]
         counts = torch.stack([c.to(each[0].device) for c in each])
         before = torch.zeros_like(counts)
-        positions: dict[tuple, list[int]] = {}
-        for i, name in enumerate(masks):
-            positions.setdefault(self._groups[name], []).append(i)
-        for groups, index in positions.items():
+        for groups, index in self._by_sharding(masks):
             part = counts[index]
             for group in reversed(groups):
                 parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
@@ -202,15 +203,16 @@ class ParameterSpace:
         """Whether any parameter is split across ranks."""
         return any(self._groups.values())
 
-    def _sharded(self, names: Iterable[str]) -> bool:
-        return any(self._groups[n] for n in names)
+    def _by_sharding(self, names: Iterable[str]) -> Iterable[tuple[tuple[dist.ProcessGroup, ...], list[int]]]:
+        """Which of `names` are split over the same groups, by position."""
+        positions: dict[tuple[dist.ProcessGroup, ...], list[int]] = {}
+        for i, name in enumerate(names):
+            positions.setdefault(self._groups[name], []).append(i)
+        return positions.items()
 
     def _summed(self, names: Iterable[str], partial: Tensor) -> Tensor:
         """Add up `partial` (one number a name) over the ranks that share each tensor; one collective a sharding."""
-        positions: dict[tuple, list[int]] = {}
-        for i, name in enumerate(names):
-            positions.setdefault(self._groups[name], []).append(i)
-        for groups, index in positions.items():
+        for groups, index in self._by_sharding(names):
             if not groups:
                 continue
             # an index list is copied to the device, which waits for it
@@ -220,6 +222,11 @@ class ParameterSpace:
             if part is not partial:
                 partial[index] = part
         return partial
+
+
+def _alone(p: nn.Parameter, holders: int) -> bool:
+    is_plain = type(p) is nn.Parameter and p.device.type in tensors_.HOST and p.layout == torch.strided
+    return is_plain and p.untyped_storage().nbytes() == p.nbytes and tensors_.holders(p) == holders
 
 
 def _laid_out(p: nn.Parameter) -> Tensor:

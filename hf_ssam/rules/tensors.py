@@ -6,8 +6,7 @@ writing to them writes to the model.
 
 A multiple of a vector is not computed before somebody reads its tensors: a step scales `g` to a direction, the
 direction to a perturbation and `ĝ` to the length of `g`, and each of these factors is carried by an operation that
-reads the memory anyway. Rules are pure functions, but that one may write to
-its own argument (`added_`); beside it only `ParameterSpace.write_grads` writes in place.
+reads the memory anyway. Rules are pure functions, but that one may write to its own argument (`added_`).
 
 Fresh memory on the CPU costs a page fault every four kilobytes, more than ten copies into memory that is there. So a
 step takes its copies from a `Workspace` and gives them back at its end. On a GPU the caching allocator does this, and
@@ -87,6 +86,10 @@ class Workspace:
         ended = {id(t) for t in tensors}
         self._end(lambda t: id(t) in ended)
 
+    def give_away(self, tensor: Tensor) -> None:
+        """Let go of a borrowed tensor for good."""
+        self._lent = [entry for entry in self._lent if entry[1] is not tensor]
+
     def _end(self, which: Callable[[Tensor], bool]) -> None:
         lent, self._lent = self._lent, []
         for layout, tensor in lent:
@@ -96,12 +99,23 @@ class Workspace:
                 self._lent.append((layout, tensor))
 
 
+_FRESH = Workspace(keeps=False)
+
+
+def current() -> Workspace:
+    """The workspace in use; where there is none, one whose tensors are all fresh."""
+    return _CURRENT.get() or _FRESH
+
+
 def empties(tensors: list[Tensor]) -> list[Tensor]:
     """Tensors laid out like `tensors`, their content undefined, in the memory of the workspace in use."""
-    workspace = _CURRENT.get()
-    if workspace is None:
-        return [torch.empty_like(t, requires_grad=False) for t in tensors]
-    return [workspace.borrow(t) for t in tensors]
+    return [current().borrow(t) for t in tensors]
+
+
+def holders(tensor: Tensor) -> int:
+    """How many tensors look at the memory of `tensor`, itself included, as far as torch knows."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) - 1  # `storage` is none of them
 
 
 def copies(tensors: list[Tensor]) -> list[Tensor]:
@@ -143,8 +157,7 @@ class Snapshot:
 
     def release(self) -> None:
         """Let the workspace in use lend the memory of the copies again."""
-        if (workspace := _CURRENT.get()) is not None:
-            workspace.take_back(self.copies)
+        current().take_back(self.copies)
 
     def _copy_back(self) -> None:
         if self.tensors:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_ssam import TwoPass
 from hf_ssam.rules.context import StepContext, chain
+from hf_ssam.rules.space import ParameterSpace
 from tests.support import reference
 from tests.support.cases import Case, assert_identical, weights
 
@@ -212,9 +213,16 @@ def faulty_run(model: Faulty, x: Tensor):
     return run
 
 
+@pytest.fixture(params=["elsewhere", "in place"])
+def each_way(request, monkeypatch):
+    """Weights move in the way of the CPU, and in that of a GPU."""
+    if request.param == "in place":
+        monkeypatch.setattr(ParameterSpace, "alone", lambda self, names, known: False)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
 @pytest.mark.parametrize(("scope", "fails_at"), [("global", 3), ("global", 4), ("micro_batch", 2), ("micro_batch", 4)])
-def test_an_exception_in_the_second_pass_leaves_every_weight(case: Case, scope, fails_at, error):
+def test_an_exception_in_the_second_pass_leaves_every_weight(case: Case, scope, fails_at, error, each_way):
     model, x = Faulty(), torch.randn(6, 3)
     if scope == "micro_batch" and not case.ascends_alone:
         with pytest.raises(ValueError, match="ascent_scope: method `.*` hands on one vector from step to step"):
@@ -233,7 +241,7 @@ def test_an_exception_in_the_second_pass_leaves_every_weight(case: Case, scope, 
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_weights_come_back_bit_for_bit_in_every_precision(case: Case, offload):
+def test_weights_come_back_bit_for_bit_in_every_precision(case: Case, offload, each_way):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2)).to(dtype)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_ssam import TwoPass
-from hf_ssam.engine import passes
+from hf_ssam.engine.passes import Displacement
 from tests.support.cases import (
     MAIN_CASES,
     Case,
@@ -83,16 +83,18 @@ def test_only_what_trains_is_perturbed(case: Case, kind: str):
 
 @each_kind
 def test_only_what_trains_is_remembered(kind: str, monkeypatch):
-    """The snapshot costs a copy of the adapter, not of the model."""
+    """The second pass costs another memory for the adapter, not for the model."""
     build, data, trains = KINDS[kind]
     model, sizes = build(), []
 
-    class Counting(passes.Snapshot):
-        def __init__(self, tensors, offload=False):
-            super().__init__(tensors, offload)
-            sizes.append(sum(t.numel() for t in self.copies))
+    choose = Displacement._way
 
-    monkeypatch.setattr(passes, "Snapshot", Counting)
+    def counted(self, names, known):
+        way = choose(self, names, known)
+        sizes.append(sum(t.numel() for t in way.before))
+        return way
+
+    monkeypatch.setattr(Displacement, "_way", counted)
     perturbed(model, data(), Case("sam"))
     assert sizes == [sum(p.numel() for n, p in model.named_parameters() if trains(n))]
     assert sizes[0] < 0.2 * sum(p.numel() for p in model.parameters())
