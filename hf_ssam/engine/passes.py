@@ -83,22 +83,17 @@ class Exchange:
         self._place(self._elsewhere)
 
     def restore(self) -> None:
-        """Put the weights back; an interrupt that comes meanwhile is raised once all of them are back."""
-        try:
-            self._put_back()
-        except BaseException:
-            self._put_back()
-            raise
-        self._workspace.take_back(self._elsewhere)
+        """Put the weights back; interrupted, it may be called again.
 
-    def _put_back(self) -> None:
-        """What looks at the other memory, a view that the second pass left, keeps looking at the parameter's."""
+        What looks at the other memory, a view that the second pass left, keeps looking at the parameter's.
+        """
         home = list(self.before)
         for i, (p, elsewhere) in enumerate(zip(self._params, self._elsewhere, strict=True)):
             if holders(elsewhere) > 1 + (p.data_ptr() == elsewhere.data_ptr()):
                 home[i] = elsewhere.copy_(self.before[i])
                 self._workspace.give_away(elsewhere)
         self._place(home)
+        self._workspace.take_back(self._elsewhere)
 
     def _place(self, memory: list[Tensor]) -> None:
         for p, tensor in zip(self._params, memory, strict=True):

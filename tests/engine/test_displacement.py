@@ -254,11 +254,22 @@ def test_memory_that_became_a_weights_is_not_lent_again():
         assert not held & set(addresses(model))
 
 
+class Scales(nn.Module):
+    """A graph of it keeps the parameter itself, not a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_graph_of_the_first_pass_is_refused_in_the_second(way: type, going):
     """It was computed with other weights than those that a backward through it would read."""
     going(way)
-    model, kept = nn.Linear(8, 2), []
+    model, kept = Scales(), []
     x = torch.randn(4, 8, requires_grad=True)
 
     def run() -> Tensor:
