@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -26,12 +28,40 @@ FEW = ("ssam", "friendly_sam", "looksam")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what `few_methods` leaves out."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark as slow what `few_methods` and `quick` leave out."""
     for item in items:
-        few = item.get_closest_marker("few_methods")
-        if few is not None and not is_main(item.callspec.params["case"], (*FEW, *few.args)):
+        few, quick = item.get_closest_marker("few_methods"), item.get_closest_marker("quick")
+        left_out = few is not None and not is_main(item.callspec.params["case"], (*FEW, *few.args))
+        if left_out or (quick is not None and not fits(item, quick.args)):
             item.add_marker(pytest.mark.slow)
+    if not any("::" in argument for argument in config.args):
+        refuse_patterns_that_fit_nothing(items)
+
+
+def fits(item: pytest.Item, patterns: tuple[str, ...]) -> bool:
+    """Whether the id of the test's parameters, what stands in brackets, is one of `patterns`."""
+    return any(fnmatchcase(item.callspec.id, pattern) for pattern in patterns)
+
+
+def refuse_patterns_that_fit_nothing(items: list[pytest.Item]) -> None:
+    """Raise where `quick` names what is not there (any more): `make test` would go without it and not say so."""
+    named: dict[tuple[str, str], bool] = {}
+    for item in items:
+        for pattern in getattr(item.get_closest_marker("quick"), "args", ()):
+            key = (item.nodeid.split("[")[0], pattern)
+            named[key] = named.get(key, False) or fits(item, (pattern,))
+    if unfit := [f"{test}: quick({pattern!r}) fits no id" for (test, pattern), fit in named.items() if not fit]:
+        raise pytest.UsageError("\n".join(unfit))
+
+
+def pytest_collection_finish() -> None:
+    """Every run of the Trainer ends with a search for garbage: let it pass over what the imports made.
+
+    That is a million objects, and two thirds of the time of a short run.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 class FilesAndPairs(LoadFileScheduling):

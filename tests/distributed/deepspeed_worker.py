@@ -83,16 +83,17 @@ def stock(stage: int, model: nn.Module, data: list, cls: type, **given: Any) -> 
     return outcome(trained(model, arguments(TrainingArguments, **zero(stage), **given), data, cls))
 
 
-def law1(stage: int, folder: Path) -> dict[str, Any]:
-    """By model: the stock Trainer, rho 0 in one pass, and rho 1e-30 in two, with dropout on."""
-    models = {"bert": (bert, text_data, MendedTrainer), "gpt2": (partial(gpt2, 0.1), lm_data, Trainer)}
+MODELS = {"bert": (bert, text_data, MendedTrainer), "gpt2": (partial(gpt2, 0.1), lm_data, Trainer)}
+"""A model, its data, and the stock Trainer to compare with."""
+
+
+def law1(stage: int, model: str, folder: Path) -> dict[str, Any]:
+    """The stock Trainer, rho 0 in one pass, and rho 1e-30 in two, with dropout on."""
+    build, data, cls = MODELS[model]
     return {
-        name: {
-            "stock": stock(stage, build(), data(), cls, optim="adamw_torch", **SAME),
-            "ssam": ran(stage, Case("ssam", rho=0.0), build(), data(), base_optim="adamw_torch", **SAME),
-            "sam": ran(stage, Case("sam", rho=1e-30), build(), data(), base_optim="adamw_torch", **SAME),
-        }
-        for name, (build, data, cls) in models.items()
+        "stock": stock(stage, build(), data(), cls, optim="adamw_torch", **SAME),
+        "ssam": ran(stage, Case("ssam", rho=0.0), build(), data(), base_optim="adamw_torch", **SAME),
+        "sam": ran(stage, Case("sam", rho=1e-30), build(), data(), base_optim="adamw_torch", **SAME),
     }
 
 
@@ -188,7 +189,7 @@ def refused(folder: Path) -> dict[str, str]:
 
 
 SCENARIOS: dict[str, Scenario] = {
-    **{f"law1/{stage}": partial(law1, stage) for stage in STAGES},
+    **{f"law1/{stage}/{model}": partial(law1, stage, model) for stage in STAGES for model in MODELS},
     **{
         f"mean/{stage}/{case.id}": lambda folder, s=stage, c=case: ran(
             s, c, bert(0.0), text_data(), per_device_train_batch_size=4, max_steps=8

@@ -155,6 +155,7 @@ def main(scenarios: Mapping[str, Scenario], after: Callable[[], None] = lambda: 
     is written to standard output.
     """
     torch.set_num_threads(1)
+    gc.freeze()  # as in tests/conftest.py
     folder, done = Path(sys.argv[1]), sys.stdout
     for name in sys.argv[2:] or map(str.strip, sys.stdin):
         (folder / name).mkdir(parents=True, exist_ok=True)

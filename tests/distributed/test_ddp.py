@@ -27,7 +27,7 @@ scopes = pytest.mark.parametrize("scope", SCOPES)
 main_cases = pytest.mark.parametrize("case", MAIN_CASES, ids=lambda c: c.id)
 
 
-@pytest.mark.few_methods
+@pytest.mark.quick("*-ssam", "global-friendly_sam", "global-looksam-k=2")
 @pytest.mark.parametrize(("scope", "case"), [p for p in working if p.values[1] in MAIN_CASES])
 def test_ranks_hold_the_same_bits_after_20_steps(ddp: Runs, scope, case):
     """Law 5, with dropout."""
@@ -63,6 +63,7 @@ def test_global_scope_equals_one_process_with_counted_losses(ddp: Runs, case):
             )
 
 
+@pytest.mark.quick("sam-bert-*", "ssam-gpt2-global")
 @scopes
 @pytest.mark.parametrize("model", ["bert", "gpt2"])
 @pytest.mark.parametrize("method", ["ssam", "sam"])
@@ -109,15 +110,17 @@ def test_scopes_are_not_the_global_one(ddp: Runs, scope, case):
     assert (reached(ranks[0]) - hand_computed(ranks, case, "global")).abs().max() > 1e-5
 
 
-def test_only_the_finished_gradient_is_sent_outside_the_global_scope(ddp: Runs):
+@pytest.mark.quick("rank")
+@scopes
+def test_only_the_finished_gradient_is_sent_outside_the_global_scope(ddp: Runs, scope):
     """Law 5: nothing of pass 1 leaves the rank, and one gradient's worth leaves it in all."""
-    for scope, gradients in (("global", 2), ("rank", 1), ("micro_batch", 1)):
-        for rank in ddp[f"traffic/{scope}"]:
-            assert len(rank["steps"]) == 3
-            for sizes in rank["steps"][1:]:
-                large = [s for s in sizes if s > rank["gradient"] // 100]
-                assert sum(large) == gradients * rank["gradient"]
-                assert sum(sizes) - sum(large) < rank["gradient"] / 10, "flags and maps of used parameters"
+    gradients = 2 if scope == "global" else 1
+    for rank in ddp[f"traffic/{scope}"]:
+        assert len(rank["steps"]) == 3
+        for sizes in rank["steps"][1:]:
+            large = [s for s in sizes if s > rank["gradient"] // 100]
+            assert sum(large) == gradients * rank["gradient"]
+            assert sum(sizes) - sum(large) < rank["gradient"] / 10, "flags and maps of used parameters"
 
 
 @scopes
@@ -130,6 +133,7 @@ def test_parameters_that_some_ranks_or_none_use(ddp: Runs, scope):
     assert first["states"] == second["states"] == {"all": True, "first": True, "none": False}
 
 
+@pytest.mark.quick("*-micro_batch")
 @scopes
 @pytest.mark.parametrize("method", ["usam", "ssam", "keeper"])
 def test_gradients_as_bucket_views(ddp: Runs, scope, method):
@@ -141,6 +145,7 @@ def test_gradients_as_bucket_views(ddp: Runs, scope, method):
         assert_identical(second[(method, True, unused)]["weights"], expected)
 
 
+@pytest.mark.quick("SpoiledTrainer-global", "SpoiledSecondPass-rank", "SpoiledSecondPass-micro_batch")
 @scopes
 @pytest.mark.parametrize("spoiled", ["SpoiledTrainer", "SpoiledSecondPass"])
 def test_one_rank_that_is_not_finite_skips_the_step_on_all(ddp: Runs, scope, spoiled):
@@ -198,6 +203,7 @@ def test_every_rank_logs_the_same_and_the_mean_over_ranks(ddp: Runs):
         assert all(math.isclose(entry[n], single[n], abs_tol=1e-5) for n in names)
 
 
+@pytest.mark.quick("micro_batch")
 @scopes
 def test_batch_norm_moves_once_a_step_as_under_plain_ddp(ddp: Runs, scope):
     """Law 6, and law 1 for buffers: DDP hands rank 0's to the others, in every scope."""
@@ -207,6 +213,7 @@ def test_batch_norm_moves_once_a_step_as_under_plain_ddp(ddp: Runs, scope):
         assert counters and all(t == 3 * 2 for t in counters.values())
 
 
+@pytest.mark.quick("global", "micro_batch")
 @scopes
 def test_resume_is_exact(ddp: Runs, scope):
     """Law 8: 4 steps are 2, a resumption and 2, with dropout, accumulation and a falling rho."""

@@ -46,16 +46,17 @@ def plain(entry: dict) -> dict:
     return {k: v for k, v in entry.items() if k != "total_flos" and not k.startswith("ssam/")}
 
 
+@pytest.mark.quick("2-*-gpt2")
 @pytest.mark.parametrize("model", ["bert", "gpt2"])
 @pytest.mark.parametrize("method", ["ssam", "sam"])
 @stages
 def test_a_radius_of_nothing_is_the_stock_trainer(zero: TwoProcesses, stage, method, model):
     """Law 1: rho 0 in one pass, and rho 1e-30 in two, under dropout and accumulation."""
-    for rank in zero[f"law1/{stage}"]:
-        assert_same_run(rank[model][method], rank[model]["stock"])
+    for rank in zero[f"law1/{stage}/{model}"]:
+        assert_same_run(rank[method], rank["stock"])
 
 
-@pytest.mark.few_methods
+@pytest.mark.quick("0-ssam", "1-ssam", "2-looksam-k=2")
 @pytest.mark.parametrize("case", (*MAIN_CASES, Case("momentum_sam"), Case("stale_sam")), ids=lambda c: c.id)
 @stages
 def test_equals_one_process_with_mean_losses(zero: TwoProcesses, stage, case):
@@ -66,7 +67,7 @@ def test_equals_one_process_with_mean_losses(zero: TwoProcesses, stage, case):
     assert_close(first["weights"], expected["weights"], rounding(case))
 
 
-@pytest.mark.few_methods
+@pytest.mark.quick("2-friendly_sam")
 @main_cases
 @stages
 def test_equals_one_process_with_counted_losses(zero: TwoProcesses, stage, case):
@@ -77,6 +78,7 @@ def test_equals_one_process_with_counted_losses(zero: TwoProcesses, stage, case)
     assert_close(first["weights"], expected["weights"], rounding(case))
 
 
+@pytest.mark.quick("2-ausam")
 @pytest.mark.parametrize("case", [Case("esam"), Case("ausam")], ids=lambda c: c.id)
 @stages
 def test_ranks_that_select_hold_the_same_weights(zero: TwoProcesses, stage, case):
@@ -85,6 +87,7 @@ def test_ranks_that_select_hold_the_same_weights(zero: TwoProcesses, stage, case
     assert all(e["ssam/perturbed_steps"] == 1 for e in first["log"] if "ssam/scale" in e)
 
 
+@pytest.mark.quick("2")
 @stages
 def test_some_parameters_are_perturbed(zero: TwoProcesses, stage):
     given = {"perturb": "norm", "max_steps": 8}
@@ -94,6 +97,7 @@ def test_some_parameters_are_perturbed(zero: TwoProcesses, stage):
     assert_close(first["weights"], expected["weights"])
 
 
+@pytest.mark.quick("2")
 @stages
 def test_lora_equals_one_process(zero: TwoProcesses, stage):
     expected = ran(Case("ssam"), lora(bert(0.0)), text_data(), per_device_train_batch_size=8, max_steps=8)
@@ -102,6 +106,7 @@ def test_lora_equals_one_process(zero: TwoProcesses, stage):
     assert_close(first["weights"], expected["weights"])
 
 
+@pytest.mark.quick("2-SpoiledSecondPass")
 @pytest.mark.parametrize("spoiled", ["SpoiledTrainer", "SpoiledSecondPass"])
 @stages
 def test_one_rank_that_is_not_finite_skips_the_step_on_all(zero: TwoProcesses, stage, spoiled):
@@ -114,6 +119,7 @@ def test_one_rank_that_is_not_finite_skips_the_step_on_all(zero: TwoProcesses, s
         assert {int(s["step"]) for s in rank["optimizer"].values()} == {4}
 
 
+@pytest.mark.quick("2")
 @stages
 def test_an_exception_in_pass_2_leaves_the_weights(zero: TwoProcesses, stage):
     """Law 3, on the weights that the model computes with and on the master weights; the step can be taken again."""
@@ -124,6 +130,7 @@ def test_an_exception_in_pass_2_leaves_the_weights(zero: TwoProcesses, stage):
         assert_identical(rank["stumbled"]["weights"], rank["smooth"]["weights"])
 
 
+@pytest.mark.quick("2-friendly_sam")
 @pytest.mark.parametrize("case", [Case("ssam"), Case("friendly_sam"), Case("looksam", {"k": 2})], ids=lambda c: c.id)
 @stages
 def test_resume_is_exact(zero: TwoProcesses, stage, case):
@@ -134,6 +141,7 @@ def test_resume_is_exact(zero: TwoProcesses, stage, case):
             assert_identical(rank["halves"]["optimizer"][index], state)
 
 
+@pytest.mark.quick("2")
 @stages
 def test_state_is_whole_on_every_rank(zero: TwoProcesses, stage):
     """What a partition holds a part of is saved whole, so that any number of ranks can take it up."""

@@ -26,7 +26,7 @@ def assert_same_run(first: dict, second: dict) -> None:
     assert [without(e, "total_flos") for e in first["log"]] == [without(e, "total_flos") for e in second["log"]]
 
 
-@pytest.mark.few_methods
+@pytest.mark.quick("ssam", "looksam-k=2")
 @main_cases
 def test_equals_one_process_with_mean_losses(fsdp2: Runs, case):
     """Laws 4 and 5."""
@@ -37,7 +37,7 @@ def test_equals_one_process_with_mean_losses(fsdp2: Runs, case):
     assert len(first["warned"]) == len(second["warned"]) == 1
 
 
-@pytest.mark.few_methods
+@pytest.mark.quick("friendly_sam")
 @main_cases
 def test_equals_one_process_with_counted_losses(fsdp2: Runs, case):
     """Laws 4 and 5, with unequal padding and two micro-batches on each rank."""
@@ -48,6 +48,7 @@ def test_equals_one_process_with_counted_losses(fsdp2: Runs, case):
     assert first["log"] == second["log"]
 
 
+@pytest.mark.slow
 def test_equals_one_process_over_adamw(fsdp2: Runs):
     given = {"base_optim": "adamw_torch", "max_steps": 10}
     expected = ran(MAIN_CASES[0], gpt2(), lm_data(60), per_device_train_batch_size=12, **given)
@@ -56,6 +57,7 @@ def test_equals_one_process_over_adamw(fsdp2: Runs):
     assert_close(first["weights"], expected["weights"], 1e-4)  # Adam magnifies the rounding of tiny gradients
 
 
+@pytest.mark.quick("*-bert")
 @pytest.mark.parametrize("model", ["bert", "gpt2", "lora"])
 @pytest.mark.parametrize("method", ["ssam", "sam"])
 def test_a_radius_of_nothing_is_the_stock_trainer(fsdp2: Runs, model, method):
@@ -64,7 +66,7 @@ def test_a_radius_of_nothing_is_the_stock_trainer(fsdp2: Runs, model, method):
         assert_same_run(ours, stock)
 
 
-@pytest.mark.few_methods
+@pytest.mark.quick("ssam-lora_only")
 @pytest.mark.parametrize("bias", ["none", "lora_only"])
 @pytest.mark.parametrize("case", MAIN_CASES[:4], ids=lambda c: c.id)
 def test_lora_on_a_sharded_base_equals_one_process(fsdp2: Runs, case, bias):
@@ -78,6 +80,7 @@ def test_lora_on_a_sharded_base_equals_one_process(fsdp2: Runs, case, bias):
     assert moved == {n for n, p in start.items() if p.requires_grad}
 
 
+@pytest.mark.quick("SpoiledSecondPass-full")
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("spoiled", ["SpoiledTrainer", "SpoiledSecondPass"])
 def test_one_rank_that_is_not_finite_skips_the_step_on_all(fsdp2: Runs, kind, spoiled):

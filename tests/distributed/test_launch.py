@@ -34,6 +34,7 @@ def launched(config: str, *command: str):
     return run([sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config), *command])
 
 
+@pytest.mark.slow
 def test_two_cpu_processes_of_accelerate_do_what_two_ranks_do(ddp: Runs, tmp_path):
     """The worker asserts that there are two processes."""
     name = "equal/rank/ssam/adamw_torch"
@@ -65,10 +66,9 @@ def example(tmp_path_factory) -> list[str]:
     return [str(ROOT / "examples" / "run_text_classification.py"), *(str(w) for pair in given.items() for w in pair)]
 
 
-@pytest.mark.parametrize(
-    ("config", "processes"), [pytest.param("cpu.yaml", 1, marks=pytest.mark.slow), ("cpu_two_processes.yaml", 2)]
-)
-@pytest.mark.parametrize("scope", ["global", pytest.param("rank", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "processes"), [("cpu.yaml", 1), ("cpu_two_processes.yaml", 2)])
+@pytest.mark.parametrize("scope", ["global", "rank"])
 def test_the_example_runs_under_accelerate(example, config, processes, scope, tmp_path):
     """16 rows in batches of 4 are 4 steps in one process and 2 in two."""
     done = launched(config, *example, "--output_dir", str(tmp_path), "--ascent_scope", scope)

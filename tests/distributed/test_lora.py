@@ -16,6 +16,7 @@ each = pytest.mark.parametrize("case", (*LORA_CASES, NOISE), ids=lambda c: c.met
 each_lora = pytest.mark.parametrize("case", LORA_CASES, ids=lambda c: c.method)
 
 
+@pytest.mark.quick("bi_lora", "flat_lora")
 @each
 def test_ranks_hold_the_same_bits_and_those_of_one_process_to_rounding(adapters: Runs, case: Case):
     """Laws 4 and 5: noise, choice and second adapter come from the step and from reduced gradients."""
@@ -29,6 +30,7 @@ def test_ranks_hold_the_same_bits_and_those_of_one_process_to_rounding(adapters:
     assert gap > 1e-5, "the method must matter"
 
 
+@pytest.mark.quick("bi_lora")
 @each
 def test_resume_is_bit_for_bit(adapters: Runs, case: Case):
     for rank in adapters[f"resume/{case.method}"]:
@@ -38,6 +40,7 @@ def test_resume_is_bit_for_bit(adapters: Runs, case: Case):
         assert torch.equal(whole["rng"], halves["rng"])
 
 
+@pytest.mark.quick("bi_lora", "flat_lora")
 @each_lora
 def test_adapters_on_a_sharded_base_equal_one_process(adapters: Runs, case: Case):
     if case.method == "flat_lora":

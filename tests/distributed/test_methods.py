@@ -12,6 +12,13 @@ pytestmark = pytest.mark.distributed
 WHOLE = (*CASES, *ONE_PASS_CASES, *MASKS)
 
 
+FEW = ("ssam", "friendly_sam", "looksam-k=2", "stale_sam", "sparse_sam-mask=dynamic-update_freq=2")
+QUICK = {f"{case}-{kind}" for case in FEW for kind in ("ddp", "views")}
+QUICK |= {f"{case}-fsdp" for case in {c.method: c.id for c in reversed(WHOLE)}.values()}
+"""A shard is where a method is most likely to go wrong: its first case of each."""
+
+
+@pytest.mark.quick(*QUICK)
 @pytest.mark.parametrize("kind", ["ddp", "views", "fsdp"])
 @pytest.mark.parametrize("case", WHOLE, ids=lambda case: case.id)
 def test_two_processes_hold_the_weights_of_one(methods: Runs, case, kind):
@@ -29,6 +36,7 @@ def test_two_processes_hold_the_weights_of_one(methods: Runs, case, kind):
         assert cell["gap"] < 1e-13
 
 
+@pytest.mark.quick("esam-ddp", "ausam-*")
 @pytest.mark.parametrize("kind", ["ddp", "views", "fsdp"])
 @pytest.mark.parametrize("case", SELECTING, ids=lambda case: case.id)
 def test_ranks_that_select_hold_the_same_weights_and_scores(methods: Runs, case, kind):

@@ -83,9 +83,8 @@ def test_two_ranks_name_the_same_missing_shard(fsdp2: Runs):
     assert f"{FILES[1]} is missing; {WAY_OUT}" in first["refused"]
 
 
-@pytest.mark.parametrize(
-    "moment", ["between", *(pytest.param(m, marks=pytest.mark.slow) for m in ("before", "after"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
 def test_a_rank_that_dies_while_saving_leaves_half_a_checkpoint(tmp_path: Path, moment: str):
     """Rank 1 is killed before it writes its shard, half through it, or after; rank 0 must not write the last file."""
     done = torchrun("dying_worker.py", str(tmp_path), moment)

@@ -24,6 +24,7 @@ def test_equals_one_process(tensor: Runs, case, optim):
     assert_close(first["weights"], expected["weights"], 1e-5 if optim == "sgd" else 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ssam", "sam"])
 def test_a_radius_of_nothing_is_the_stock_trainer(tensor: Runs, method):
     """Law 1: rho 0 in one pass, and rho 1e-30 in two."""

@@ -87,6 +87,7 @@ def test_the_second_pass_casts_the_perturbed_weights(case: Case, around: str):
     assert [report.loss, report.ascent_loss] == losses
 
 
+@pytest.mark.few_methods
 @pytest.mark.parametrize("case", MAIN_CASES, ids=lambda c: c.id)
 def test_bf16_through_the_trainer_climbs(case: Case):
     trainer = trained(gpt2(), case_arguments(case, bf16=True, max_steps=3), lm_data())
@@ -256,6 +257,7 @@ class ForwardRecorder(TrainerCallback):
         self.after.append((weights(model), optimizer_state, lr_scheduler.last_epoch))
 
 
+@pytest.mark.quick("0-rank", "1-micro_batch", "2-micro_batch", "3-global")
 @pytest.mark.parametrize("scope", ["global", "rank", "micro_batch"])
 @pytest.mark.parametrize("which_pass", [0, 1, 2, 3])
 def test_a_step_with_a_loss_that_is_not_finite_is_not_applied(scope: str, which_pass: int):
@@ -399,6 +401,7 @@ class Classifier(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.float(), labels), "logits": logits}
 
 
+@pytest.mark.few_methods
 @pytest.mark.parametrize("case", MAIN_CASES, ids=lambda c: c.id)
 def test_the_trainer_reads_one_flag_a_step(case: Case, monkeypatch):
     monkeypatch.setattr(tensors, "HOST", frozenset())

@@ -42,6 +42,7 @@ def flags(tmp_path):
     return [*shape, "--output", str(tmp_path / "out"), "--peer_path", str(tmp_path / "sam.py")]
 
 
+@pytest.mark.slow
 def test_benchmark_compares_every_loop_with_a_plain_step_and_with_its_passes(flags, tmp_path, capsys):
     rows = benchmark_step.main([*flags, "--methods", "ssam", "looksam", "momentum_sam", "esam"])
     passes = {"ssam": 2, "looksam": 1.2, "momentum_sam": 1, "esam": 1.5, "davda54/sam": 2}

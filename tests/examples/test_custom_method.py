@@ -48,6 +48,7 @@ def test_custom_method_takes_the_gradient_at_its_equation(registered, power):
     assert torch.equal(layer.weight, w)
 
 
+@pytest.mark.slow
 def test_custom_method_trains_by_its_name_and_is_on_the_card(tmp_path):
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

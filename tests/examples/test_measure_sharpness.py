@@ -70,6 +70,7 @@ def test_what_is_asked_for_and_no_more(folder, capsys):
     assert "rise" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_numbers_do_not_depend_on_batches(folder):
     small, large = (measured(folder, "--no_figures", "--batch_size", size)[0] for size in "16")
     for name in ("loss", "trace", "rise"):
@@ -130,6 +131,7 @@ def test_models_of_the_same_folder_name_stay_apart(tmp_path):
     assert probes.short_names([places[0], str(tmp_path / "adamw/other"), "org/name"]) == ["run", "other", "org/name"]
 
 
+@pytest.mark.slow
 def test_figures_and_causal_models(folder):
     measured(folder, "--spectrum_steps", "4", "--plane", models=("first", "causal"))
     drawn = {p.name for p in (folder / "out").glob("*.png")}

@@ -29,6 +29,7 @@ def the(name: str):
     return CONFIGS / f"{name}.yaml"
 
 
+@pytest.mark.quick("0.05", "0.4")
 @pytest.mark.parametrize("rho", [0.05, 0.2, 0.4, 0.45, 0.6])
 def test_saddle_usam_takes_the_steps_of_the_closed_form(rho):
     settings = {"learning_rate": 0.05, "most_steps": 600}
@@ -55,6 +56,7 @@ def test_saddle_holds_a_normalised_ascent(method):
     assert found["steps"] == math.inf and abs(found["y"]) < 0.05
 
 
+@pytest.mark.quick("0.5")
 @pytest.mark.parametrize("rho", [0.05, 0.2, 0.5])
 def test_learning_rate_limits_of_a_quadratic_are_the_closed_forms(rho):
     settings = {"problem": "quadratic", "last_rate": 1.0, "factor": 1.02, "steps": 150, "trained": 1e-2}

@@ -51,13 +51,14 @@ def test_push_and_load_in_a_fresh_process(tmp_path):
     assert str(tmp_path) not in card.content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "folders"),
     [
-        pytest.param("end", set(), marks=pytest.mark.slow),
-        pytest.param("every_save", set(), marks=pytest.mark.slow),
+        ("end", set()),
+        ("every_save", set()),
         ("checkpoint", {"last-checkpoint"}),
-        pytest.param("all_checkpoints", {"checkpoint-2", "checkpoint-4"}, marks=pytest.mark.slow),
+        ("all_checkpoints", {"checkpoint-2", "checkpoint-4"}),
     ],
 )
 def test_what_each_strategy_pushes(tmp_path, strategy, folders):

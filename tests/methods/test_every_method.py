@@ -66,6 +66,7 @@ def test_batch_norm_moves_once_a_micro_batch(case: Case):
         assert_identical(moved, expected)
 
 
+@pytest.mark.quick("esam", "sparse_sam-*-num_samples=4", "stale_sam", "adasam")
 @rest
 def test_the_weights_come_back_when_the_second_pass_fails_and_training_goes_on(case: Case):
     model = bert(0.0)
@@ -115,6 +116,7 @@ def test_accumulation_costs_what_the_formula_says(case: Case):
     assert not torch.equal(trainer.model.classifier.weight, bert(0.0).classifier.weight)
 
 
+@pytest.mark.quick("ausam", "sparse_sam-*-mask=dynamic", "momentum_sam", "adasam")
 @rest
 def test_accumulated_micro_batches_are_one_batch_where_no_sample_is_picked(case: Case):
     """Law 4, to rounding; what picks samples picks within each micro-batch, so there it is another draw."""

@@ -87,6 +87,7 @@ def test_micro_batches_keep_their_own():
     torch.testing.assert_close(gradient(model), whole, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.quick("gpt2")
 @pytest.mark.parametrize("model, data", [(bert, text_data), (gpt2, lm_data)], ids=["bert", "gpt2"])
 def test_autocast_exchanges_the_gradient_that_the_loss_has_used(model, data):
     """Accelerate hands on a float32 copy of the logits; the run is near the float32 one, which is not SAM's."""

@@ -249,6 +249,7 @@ def test_every_paper_can_be_cited():
         assert method.paper.title and method.paper.authors and method.paper.arxiv in method.paper.bibtex
 
 
+@pytest.mark.quick("momentum_sam", "random_perturbation", "stale_sam")
 @pytest.mark.parametrize("case", ONE_PASS_CASES, ids=lambda case: case.id)
 def test_the_trainer_logs_what_a_one_pass_method_cost(case: Case):
     trainer = trained(bert(0.0), case_arguments(case, max_steps=4, gradient_accumulation_steps=2), text_data())

@@ -70,7 +70,7 @@ def test_two_micro_batches_are_one_batch(case: Case):
     assert_close(weights(run(case, "gpt2", **SPLITS["4x2"])), whole(case, "gpt2"))
 
 
-@pytest.mark.few_methods
+@pytest.mark.quick("ssam", "friendly_sam")
 @pytest.mark.parametrize("case", MAIN_CASES, ids=lambda c: c.id)
 def test_a_mended_loss_is_one_batch_too(case: Case):
     """BERT's loss ignores the number of items that the Trainer hands it."""
@@ -78,12 +78,13 @@ def test_a_mended_loss_is_one_batch_too(case: Case):
     assert_close(weights(run(case, task, **SPLITS["4x2"])), whole(case, task))
 
 
-@pytest.mark.few_methods
+@pytest.mark.quick("ssam", "looksam-k=2")
 @pytest.mark.parametrize("case", MAIN_CASES, ids=lambda c: c.id)
 def test_eight_micro_batches_are_one_batch(case: Case):
     assert_close(weights(run(case, "gpt2", **SPLITS["1x8"])), whole(case, "gpt2"))
 
 
+@pytest.mark.quick("ssam-bert", "usam-gpt2")
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("case", [Case("ssam"), Case("usam")], ids=lambda c: c.id)
 def test_a_last_shorter_window_is_one_batch(case: Case, task: str):
@@ -102,6 +103,7 @@ def test_the_ascent_follows_the_whole_batch_not_the_last_micro_batch():
         assert max((a - b).abs().max() for a, b in zip(whole.parameters(), other.parameters(), strict=True)) > 1e-4
 
 
+@pytest.mark.quick("4x2")
 @pytest.mark.parametrize("split", SPLITS)
 def test_label_smoothing_accumulates_too(split: str):
     given = {"label_smoothing_factor": 0.1}
@@ -164,6 +166,7 @@ def test_micro_batch_is_msam(case: Case, task: str):
     torch.testing.assert_close(got, w, atol=1e-7, rtol=0)
 
 
+@pytest.mark.quick("ssam-bert", "usam-gpt2")
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("case", [Case("ssam"), Case("usam")], ids=lambda c: c.id)
 def test_rank_scope_of_one_process_is_global(case: Case, task: str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def rows(kind: str) -> Dataset:
     ])  # fmt: skip
 
 
-def trained(kind: str, case: Case | None, **more):
+def trained(kind: str, case: Case | None):
     """A run of four steps over one of TRL's trainers; without a case, the stock one."""
     ours = {"sft": (SharpSFT, SFTArguments), "dpo": (SharpDPO, DPOArguments)}
     stock = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}
@@ -55,7 +56,7 @@ def trained(kind: str, case: Case | None, **more):
     given = {"optim": "sgd"} if case is None else {
         "optim": case.method, "optim_args": case.optim_args, "rho": case.rho, "base_optim": "sgd"
     }  # fmt: skip
-    args = arguments(config_class, bf16=False, max_length=12, learning_rate=0.5, **{**given, **more})
+    args = arguments(config_class, bf16=False, max_length=12, learning_rate=0.5, **given)
     torch.manual_seed(0)
     trainer = trainer_class(
         model=gpt2(), args=args, train_dataset=rows(kind), processing_class=tokenizer(), peft_config=lora()
@@ -75,10 +76,17 @@ def trained(kind: str, case: Case | None, **more):
     return trainer
 
 
+@functools.cache
+def stock_run(kind: str):
+    """The stock run, for all methods."""
+    return trained(kind, None)
+
+
+@pytest.mark.quick("nbar-sft", "bi_lora-r=2-*")
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 @each_method
 def test_a_step_is_one_pass_that_the_host_counts_once(case: Case, kind: str, tmp_path: Path):
-    trainer, stock = trained(kind, case), trained(kind, None)
+    trainer, stock = trained(kind, case), stock_run(kind)
     assert isinstance(trainer.model, PeftModel) and list(trainer.model.peft_config) == ["default"]
     assert [e["ssam/passes"] for e in trainer.state.log_history if "ssam/passes" in e] == [1.0] * 4
     counted = [e for e in entries(trainer) if "loss" in e], [e for e in entries(stock) if "loss" in e]
@@ -92,18 +100,20 @@ def test_a_step_is_one_pass_that_the_host_counts_once(case: Case, kind: str, tmp
     torch.testing.assert_close(saved.eval()(ids).logits, trainer.model.eval()(ids).logits, rtol=0, atol=0)
 
 
+@pytest.mark.quick("flat_lora-growing=False-sft", "bi_lora-r=2-dpo")
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 @each_method
 def test_without_a_radius_it_is_the_stock_run_bit_for_bit(case: Case, kind: str):
-    ours, stock = trained(kind, Case(case.method, case.options, 0.0)), trained(kind, None)
+    ours, stock = trained(kind, Case(case.method, case.options, 0.0)), stock_run(kind)
     assert_identical(weights(ours.model), weights(stock.model))
     assert entries(ours)[:-1] == entries(stock)[:-1]
 
 
+@pytest.mark.quick("flat_lora-growing=False", "bi_lora-r=2")
 @each_method
 def test_dpos_reference_is_not_perturbed(case: Case):
     """It is the same model with the adapter off, called within the same step: the same bits as in a stock run."""
-    ours, stock = trained("dpo", case), trained("dpo", None)
+    ours, stock = trained("dpo", case), stock_run("dpo")
     assert len(ours.references) == len(stock.references) == 4
     for found, expected in zip(ours.references, stock.references, strict=True):
         assert torch.equal(found, expected)

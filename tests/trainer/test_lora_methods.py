@@ -60,6 +60,7 @@ def states(cls: type, args: TrainingArguments) -> tuple[Trainer, RandomStates]:
     return trained(adapted(), args, lm_data(), cls, callbacks=[seen]), seen
 
 
+@pytest.mark.quick("flat_lora-growing=False", "bi_lora-r=2")
 @each_method
 def test_without_a_radius_it_is_the_stock_trainer_bit_for_bit(case: Case):
     """Law 1, with dropout: weights, optimizer, generators and losses."""
@@ -72,6 +73,7 @@ def test_without_a_radius_it_is_the_stock_trainer_bit_for_bit(case: Case):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.quick("nbar", "flat_lora-growing=False", "bi_lora-r=2")
 @each_method
 def test_every_step_is_one_pass_and_the_process_draws_what_the_stock_trainer_draws(case: Case):
     stock, theirs = states(Trainer, arguments(TrainingArguments, optim="adamw_torch"))
@@ -85,6 +87,7 @@ def test_every_step_is_one_pass_and_the_process_draws_what_the_stock_trainer_dra
     assert gap > 1e-5, "the method must matter"
 
 
+@pytest.mark.quick("bi_lora-r=2")
 @each_method
 def test_base_weights_keep_the_bits_they_were_loaded_with(case: Case):
     before = {n: t for n, t in weights(adapted()).items() if "lora_" not in n}
@@ -92,6 +95,7 @@ def test_base_weights_keep_the_bits_they_were_loaded_with(case: Case):
     assert_identical(before, after)
 
 
+@pytest.mark.quick("nbar", "flat_lora", "bi_lora-r=2")
 @pytest.mark.parametrize("case", ADAPTER_CASES, ids=lambda c: c.id)
 def test_resume_is_bit_for_bit(case: Case):
     saved = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
@@ -104,6 +108,7 @@ def test_resume_is_bit_for_bit(case: Case):
     assert logged(resumed) == entries
 
 
+@pytest.mark.quick("flat_lora-growing=False", "bi_lora-r=2")
 @each_method
 def test_accumulated_micro_batches_are_one_batch(case: Case):
     ends = []
@@ -142,6 +147,7 @@ def test_bf16_autocast_is_near_float32(case: Case):
     assert (near - exact).norm() < 0.6 * (run(0.0, True) - exact).norm()
 
 
+@pytest.mark.quick("bi_lora-r=2")
 @each_method
 def test_clipping_sees_the_adapters_that_train_alone(case: Case):
     """The norm that the Trainer logs and clips is that of A and B, which the step report has too."""
@@ -150,6 +156,7 @@ def test_clipping_sees_the_adapters_that_train_alone(case: Case):
         assert entry["grad_norm"] == pytest.approx(entry["ssam/grad_norm"], rel=1e-4)
 
 
+@pytest.mark.quick("bi_lora-r=2")
 @each_method
 def test_a_saved_adapter_opens_with_stock_peft_and_gives_the_logits_in_memory(case: Case, tmp_path: Path):
     base = tmp_path / "base"
@@ -173,6 +180,7 @@ def test_a_saved_adapter_opens_with_stock_peft_and_gives_the_logits_in_memory(ca
     torch.testing.assert_close(auto(ids).logits, expected, rtol=0, atol=0)
 
 
+@pytest.mark.quick("flat_lora-growing=False", "bi_lora-r=2")
 @each_method
 def test_evaluation_is_of_the_model_that_is_saved(case: Case):
     """The loss that the Trainer finds is the stock Trainer's of the same weights: no noise, no second adapter."""
@@ -185,6 +193,7 @@ def test_evaluation_is_of_the_model_that_is_saved(case: Case):
     assert found == stock.evaluate()["eval_loss"]
 
 
+@pytest.mark.quick("bi_lora-r=2")
 @each_method
 def test_a_4_bit_base_stays_packed_as_it_was(case: Case, tmp_path: Path):
     from tests.trainer.test_quantized import qlora

@@ -123,6 +123,7 @@ def test_every_one_pass_method_is_the_stock_trainer_without_a_radius(case: Case)
     assert_same(everything(ended(case_arguments(Case(case.method, rho=0.0), **SAVED)), engine=False), expected)
 
 
+@pytest.mark.quick("linear", "lr")
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "polynomial", "lr", "cosine_up"])
 def test_every_schedule_resumes_bit_for_bit(schedule: str):
     assert_resumes(case=Case("ssam", {"normalize": False}), rho_scheduler_type=schedule)
@@ -133,6 +134,7 @@ def test_every_scope_resumes_bit_for_bit(scope: str):
     assert_resumes(case=Case("ssam", {"normalize": False}), ascent_scope=scope, **ACCUMULATED)
 
 
+@pytest.mark.quick("*ascent_interval*", "*perturb*", "*rho_unit*")
 @pytest.mark.parametrize(
     "given",
     [

@@ -25,6 +25,9 @@ from tests.support.cases import (
 )
 from tests.support.cases import weights as copied
 
+CHEAP = {"max_products": 7, "trace_samples": 3}
+"""Limits of a measurement whose values need not have converged."""
+
 
 def measured(model, args, data, **limits) -> tuple[SSAMTrainer, SharpnessCallback, list[dict]]:
     """Train with the callback; return its log entries."""
@@ -49,7 +52,7 @@ def test_measures_before_the_first_step_and_every_sharpness_steps():
 
 
 def test_the_eigenvalue_is_that_of_the_model_on_the_probe():
-    trainer, callback, entries = measured(bert(), sgd(), text_data())
+    trainer, callback, entries = measured(bert(), sgd(max_steps=2), text_data())
     expected = top_eigenvalues(trainer.model, callback._probe, tol=1e-4, loss=trainer.compute_loss).values[0]
     assert entries[-1]["sharpness/top_eigenvalue"] == pytest.approx(expected, rel=1e-3)
     assert entries[-1]["sharpness/converged"] == 1.0
@@ -66,7 +69,7 @@ def test_the_eigenvalue_is_that_of_the_model_on_the_probe():
 )
 def test_the_run_does_not_see_it(make, data):
     watched, plain = make(), make()
-    measured(watched, sgd(max_steps=4), data)
+    measured(watched, sgd(max_steps=4), data, **CHEAP)
     trainer = SSAMTrainer(model=plain, args=sgd(max_steps=4, sharpness_steps=None), train_dataset=data)
     trainer.train()
     assert_identical(copied(watched), copied(plain))
@@ -86,11 +89,10 @@ REST = (
 )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.quick("momentum_sam")
 @pytest.mark.parametrize("case", REST, ids=lambda c: c.id)
 def test_ascent_gradient_is_left_out_where_the_gradient_does_not_tell_the_perturbation(case):
-    limits = {"max_products": 4, "trace_samples": 2}
-    _, _, entries = measured(bert(), case_arguments(case, sharpness_steps=1, max_steps=1), text_data(16), **limits)
+    _, _, entries = measured(bert(), case_arguments(case, sharpness_steps=1, max_steps=1), text_data(16), **CHEAP)
     told = case.method != "momentum_sam" and case.options.get("mask") != "fisher"
     assert [("sharpness/ascent_grad_alignment" in e, e["sharpness/gradients"]) for e in entries] == [
         (told, 2 if told else 1)
@@ -134,15 +136,20 @@ def _cosine(a, b) -> float:
     return (torch.dot(a, b) / (a.norm() * b.norm())).abs().item()
 
 
+@pytest.mark.quick("sam-None-*", "ssam-None-*")
 @pytest.mark.parametrize(
     "optim, optim_args, name, normalize",
-    [("sam", None, "sam", True), pytest.param("usam", None, "usam", True, marks=pytest.mark.slow),
-     ("ssam", None, "ssam", True), pytest.param("ssam", "normalize=false", "ssam", False, marks=pytest.mark.slow),
-     pytest.param("sam", "renormalize=true", "ssam", True, marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        ("sam", None, "sam", True),
+        ("usam", None, "usam", True),
+        ("ssam", None, "ssam", True),
+        ("ssam", "normalize=false", "ssam", False),
+        ("sam", "renormalize=true", "ssam", True),
+    ],
+)
 def test_edges_are_the_predicted_ones(optim, optim_args, name, normalize):
     args = sgd(optim=optim, optim_args=optim_args, lr_scheduler_type="constant")
-    trainer, callback, entries = measured(bert(), args, text_data())
+    trainer, callback, entries = measured(bert(), args, text_data(), **CHEAP)
     last = entries[-1]
     value, norm = last["sharpness/top_eigenvalue"], last["sharpness/grad_norm"]
     objective = Objective(trainer.model, callback._probe)
@@ -172,7 +179,7 @@ def test_a_stock_optimizer_has_no_second_gradient():
 
 
 def test_cost_is_bounded_and_logged():
-    _, _, entries = measured(bert(), sgd(), text_data(), max_products=7, trace_samples=3)
+    _, _, entries = measured(bert(), sgd(), text_data(), **CHEAP)
     for entry in entries:
         assert entry["sharpness/products"] <= 7
         assert entry["sharpness/gradients"] == 2
@@ -198,8 +205,9 @@ def test_entries_go_through_the_trainers_log():
         def on_log(self, args, state, control, logs=None, **kwargs):
             self.entries.append(dict(logs))
 
-    trainer = SSAMTrainer(model=bert(), args=sgd(), train_dataset=text_data(), callbacks=[Seen()])
-    trainer.add_callback(SharpnessCallback(trainer))
+    trainer = SSAMTrainer(
+        model=bert(), args=sgd(max_steps=1, sharpness_steps=1), train_dataset=text_data(16), callbacks=[Seen()]
+    )
     trainer.train()
     assert any("sharpness/top_eigenvalue" in e for e in Seen.entries)
 

@@ -58,6 +58,7 @@ def optimizer_tensors(trainer: Trainer) -> dict[str, Tensor]:
     return {f"{i}.{n}": torch.as_tensor(v) for i, s in state.items() for n, v in s.items() if v is not None}
 
 
+@pytest.mark.quick("*-adamw", "two passes-resnet with BatchNorm-sgd momentum")
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
@@ -117,6 +118,7 @@ def test_the_trainer_takes_the_trajectory_of_a_hand_written_loop(case: Case):
     assert gap > 1e-4, "the perturbation must matter, or this test could not tell a Trainer that forgets it"
 
 
+@pytest.mark.slow
 def test_methods_take_different_trajectories():
     """A Trainer that always ran one method would pass no more than one of these."""
     ends = [
@@ -317,8 +319,8 @@ def test_fp16_without_a_scaler_is_said():
 
 
 def test_sharpness_steps_watch_the_curvature_and_change_nothing():
-    watched = trained(bert(), arguments(optim="ssam", sharpness_steps=2), text_data())
-    plain = trained(bert(), arguments(optim="ssam"), text_data())
+    watched = trained(bert(), arguments(optim="ssam", sharpness_steps=2), text_data(16))
+    plain = trained(bert(), arguments(optim="ssam"), text_data(16))
     assert_identical(weights(plain.model), weights(watched.model))
     measured = [e["step"] for e in watched.state.log_history if "sharpness/top_eigenvalue" in e]
     assert measured == [0, 2, 4]

@@ -57,6 +57,7 @@ def losses(trainer, name: str = "loss") -> list[float]:
 # ---------------------------------------------------------------------------------------- checkpointing and compile
 
 
+@pytest.mark.quick("bert-True", "gpt2-False")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(
     "model, data", [(bert, text_data), (lambda: gpt2(dropout=0.1), lm_data)], ids=["bert", "gpt2"]
@@ -182,7 +183,7 @@ def test_a_stream_that_ends_inside_a_window_carries_it_on():
 # ------------------------------------------------------------------------------------------------------- the step
 
 
-@pytest.mark.few_methods
+@pytest.mark.quick("ssam-*", "friendly_sam-0.05", "looksam-k=2-0.05")
 @pytest.mark.parametrize("norm", [0.0, 0.05, 1.0])
 @main_case
 def test_only_the_descent_gradient_is_clipped(case: Case, norm: float):
