@@ -4,8 +4,9 @@
     make mutate ARGS="rules/ gradients"      those whose file or reason has one of these words in it
 
 Each entry of `table.MUTATIONS` names a file, a text that stands in it exactly once, what to write instead, and the
-tests that have to fail then. The package is copied to a temporary folder and changed there, never in place. Every
-mutation runs in a fork of one process that has imported torch already, so it costs the tests and not the imports.
+tests that have to fail then; only those count that `make test` runs. The package is copied to a temporary folder and
+changed there, never in place. Every mutation runs in a fork of one process that has imported torch already, so it
+costs the tests and not the imports.
 
 Exits with 1 where fewer than 95 % of the mutations that are no equivalents are killed, and with 2 where the table does
 not fit the code: a text that is not found, or tests that do not pass unchanged.
@@ -31,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("hf_ssam", "tests", "examples", "configs", "pyproject.toml", "README.md")
 LIBRARIES = ("pytest", "torch", "datasets", "evaluate", "peft", "scipy.sparse.linalg", "transformers.trainer")
 MODELS = tuple(f"transformers.models.{name}.modeling_{name}" for name in ("bert", "gpt2", "llama", "resnet", "t5"))
+QUICK = ("-m", "not slow and not gpu")
+"""What `make test` runs."""
 SECONDS = 300
 THRESHOLD = 0.95
 PASSED, FAILED, TIMED_OUT = 0, 1, -signal.SIGALRM
@@ -70,7 +73,7 @@ def _run(folder: Path, tests: tuple[str, ...]) -> int:
     sys.path.insert(0, str(folder))
     if not Path(importlib.import_module("hf_ssam").__file__).is_relative_to(folder):
         return pytest.ExitCode.USAGE_ERROR  # the package in place would be tested, which nobody has changed
-    return pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
+    return pytest.main(["-x", "-q", *QUICK, "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
 
 
 def judged(folder: Path, mutation: Mutation) -> str:
