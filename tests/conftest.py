@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -56,10 +57,23 @@ def refuse_patterns_that_fit_nothing(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Every run of the Trainer ends with a search for garbage: let it pass over what the imports made.
+    """Let searches for garbage pass over what the imports made."""
+    pass_over_what_is_there()
 
-    That is a million objects, and two thirds of the time of a short run.
-    """
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, bool, bool]:
+    """The same, once a test has imported more."""
+    before = len(sys.modules)
+    ran = yield
+    if len(sys.modules) > before:
+        pass_over_what_is_there()
+    return ran
+
+
+def pass_over_what_is_there() -> None:
+    """Every run of the Trainer searches for garbage, which is most of the time of a short run: imports made millions
+    of objects."""
     gc.collect()
     gc.freeze()
 

@@ -18,8 +18,8 @@ NOT_TRACED = Traced(0, 0, 0)
 
 SSAM_BYTES = 28
 """What an SSAM step must move for a float32 parameter beyond its passes: read g and ĝ for their norms (8); read w and
-g, write w + e elsewhere (12); read and write ĝ to scale it (8). Where w is written in place it is 12 more: the copy of
-w (4), and reading it and writing w (8)."""
+g, write w + e elsewhere (12); read and write ĝ to scale it (8). Where w is written in place a copy is written besides
+(4), which is read to write w again (8)."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 Where the model alone holds its weights, on the CPU, they change places: `w + e` is computed into other memory, which
 is the parameters' until the weights come back, and `w` is not written to at all. That moves 12 bytes a float32 number.
-Writing in place beside a copy moves 28, and is the way wherever an address must stay or somebody else looks at the
-memory: on a GPU, for shards, for weights that are views of a larger tensor or have one.
+Writing in place beside a copy moves 28, and is the way wherever an address must stay or, as far as torch knows,
+somebody else looks at the memory: on a GPU, for shards, for weights that are views of a larger tensor, have a view or
+are shared with other processes. What torch does not know of, as an array that a weight was made from, shows `w` then.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ..rules.space import ParameterSpace
 from ..rules.state import MethodState
-from ..rules.tensors import Snapshot, Vector, current, holders, move, parts
+from ..rules.tensors import ALIGNMENT, Snapshot, Vector, current, holders, move, parts, read
 from .adapters import Adapters
 from .forward_recorder import ForwardRecorder, RecordedForward
 from .logit_gradients import LogitGradients
@@ -71,7 +72,8 @@ class Exchange:
     def __init__(self, params: Sequence[nn.Parameter]):
         self._params, self._workspace = params, current()
         self.before = [p.detach() for p in params]
-        self._elsewhere = [self._workspace.borrow(t) for t in self.before]
+        # files leave weights at any address, and a product may round otherwise at another one modulo ALIGNMENT
+        self._elsewhere = [self._workspace.borrow(t, offset=t.data_ptr() % ALIGNMENT) for t in self.before]
 
     def move(self, u: Vector, rho: float, spent: bool) -> None:
         """Let the parameters be `w + ρ u`, the bits that `InPlace` leaves; no direction is overwritten."""
@@ -85,7 +87,8 @@ class Exchange:
     def restore(self) -> None:
         """Put the weights back; interrupted, it may be called again.
 
-        What looks at the other memory, a view that the second pass left, keeps looking at the parameter's.
+        What looks at the other memory, a view that the second pass left, keeps looking at the parameter's, which is
+        there from then on.
         """
         home = list(self.before)
         for i, (p, elsewhere) in enumerate(zip(self._params, self._elsewhere, strict=True)):
@@ -128,7 +131,7 @@ class Displacement:
             known: names of weights that the step itself looks at once, and not before they are back.
         """
         names = list(parts(u)[0])
-        self._moved = self._way(names, known)
+        self._moved = self._way(names, u, known)
         try:
             self._moved.move(u, rho, spent and self._survival_known)
             self._space.refresh_model()
@@ -152,8 +155,9 @@ class Displacement:
             self._moved = None
             torch.clear_autocast_cache()
 
-    def _way(self, names: list[str], known: Container[str]) -> InPlace | Exchange:
-        if self._space.alone(names, known):
+    def _way(self, names: list[str], u: Vector, known: Container[str]) -> InPlace | Exchange:
+        waits = isinstance(read(parts(u)[1]), Tensor)  # the length of u is on a device, whose host must not wait
+        if not waits and self._space.alone(names, known):
             return Exchange([self._space.params[n] for n in names])
         return InPlace(self._space, names, self.offload)
 

@@ -3,7 +3,7 @@
     g = ∇L(w)            first pass, over every micro-batch of the step
     u = ascent(g)        w ← w + ρ u
     ĝ = ∇L(w + ρ u)      second pass, over the same micro-batches, the same random numbers, the same buffers
-                         w ← the copy taken before, in `finally`
+                         w ← as it was before, bit for bit, in `finally`
     d = descent(ĝ)       left in `.grad`; the optimizer does the rest and never knows
 
 It knows torch and nothing of the Trainer. `TwoPass.step` is the whole of it for a loop that holds all micro-batches at
@@ -55,8 +55,8 @@ class TwoPass:
         parameters: what trains, by name, where that is more than the model's own parameters (a loss with weights).
         replay_rng: whether the second pass draws the same random numbers as the first.
         offload_snapshot: keep the copy of the weights in host memory.
-        free_snapshot: give the memory of that copy, and of a method's other copies, back after each step. On the CPU
-            it is kept otherwise, since fresh memory costs more than ten copies; a GPU's allocator keeps it anyway.
+        free_snapshot: give the memory of that copy, or of `w + ρ u`, and of a method's copies back after each step. On
+            the CPU it is kept otherwise: fresh memory costs more than ten copies. A GPU's allocator keeps it anyway.
         per_sample_loss: `(the model's inputs by name, its outputs) -> losses`, shape (B,), for methods that select
             samples; None: worked out from logits and labels (`hf_ssam.engine.per_sample`).
         dataset_size: number of samples in the data set, for methods that keep a score of each.

@@ -1,7 +1,6 @@
 """The parameters that vectors run over: their gradients, and norms that hold across shards.
 
-What a local tensor cannot know is how much of the whole it holds; `ParameterSpace` does, and it alone talks to other
-ranks.
+A local tensor does not know how much of the whole it holds; `ParameterSpace` does, and it alone talks to other ranks.
 
 torch sums float32 on the CPU one number after the other, which loses 4e-4 of a norm over 1e7 numbers, and summing in
 float64 converts the tensor first, which takes forty times as long. In between: float32 over short pieces, and the
@@ -78,7 +77,7 @@ class ParameterSpace:
         """Let parameters be in the memory of `w` again: a forward may have put another tensor in `p.data`."""
         for name, tensor in w.items():
             p = self.params[name]
-            if type(p) is nn.Parameter and p.data_ptr() != tensor.data_ptr():  # a tensor of another kind may have none
+            if type(p) is nn.Parameter:
                 p.data = tensor
 
     def refresh_model(self) -> None:
@@ -226,7 +225,8 @@ class ParameterSpace:
 
 def _alone(p: nn.Parameter, holders: int) -> bool:
     is_plain = type(p) is nn.Parameter and p.device.type in tensors_.HOST and p.layout == torch.strided
-    return is_plain and p.untyped_storage().nbytes() == p.nbytes and tensors_.holders(p) == holders
+    is_own = is_plain and p.untyped_storage().nbytes() == p.nbytes and not p.is_shared()
+    return is_own and p.data_ptr() % p.itemsize == 0 and tensors_.holders(p) == holders
 
 
 def _laid_out(p: nn.Parameter) -> Tensor:

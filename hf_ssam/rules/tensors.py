@@ -21,6 +21,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch._C import _storage_Use_Count
 
 Vector = Mapping[str, Tensor]
 
@@ -28,11 +29,11 @@ EPS = 1e-12
 """Added to every norm that divides (official SSAM code, `sam.py`); 0 / (0 + EPS) = 0 keeps a zero gradient zero."""
 
 HOST = frozenset({"cpu"})
-"""Kinds of device whose tensors are in the host's own memory.
+"""Kinds of device whose tensors are in the host's own memory: a value is read without waiting (law 7), fresh memory
+costs page faults, sums run one number after the other. An accelerator has none of this."""
 
-There a value is read without waiting (law 7), fresh memory costs page faults, and sums run one number after the other.
-An accelerator has none of this: its values are waited for, its allocator keeps memory, it sums in a tree.
-"""
+ALIGNMENT = 64
+"""Torch's memory on the CPU begins at multiples of so many bytes; a kernel may round otherwise where others begin."""
 
 _CURRENT: ContextVar[Workspace | None] = ContextVar("workspace", default=None)
 
@@ -66,13 +67,13 @@ class Workspace:
         finally:
             _CURRENT.reset(token)
 
-    def borrow(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor laid out like `like`, of its dtype or of `dtype`, its content undefined."""
+    def borrow(self, like: Tensor, dtype: torch.dtype | None = None, offset: int = 0) -> Tensor:
+        """A tensor laid out like `like`, of its dtype or of `dtype`, `offset` bytes past a multiple of `ALIGNMENT`."""
         if not self._keeps or like.device.type not in HOST:
-            return torch.empty_like(like, dtype=dtype, requires_grad=False)
-        layout = like.shape, like.stride(), dtype or like.dtype
+            return _empty(like, dtype, offset)
+        layout = like.shape, like.stride(), dtype or like.dtype, offset
         free = self._free.get(layout)
-        tensor = free.pop() if free else torch.empty_like(like, dtype=dtype, requires_grad=False)
+        tensor = free.pop() if free else _empty(like, dtype, offset)
         self._lent.append((layout, tensor))
         return tensor
 
@@ -99,6 +100,14 @@ class Workspace:
                 self._lent.append((layout, tensor))
 
 
+def _empty(like: Tensor, dtype: torch.dtype | None, offset: int) -> Tensor:
+    tensor = torch.empty_like(like, dtype=dtype, requires_grad=False)
+    if not offset:
+        return tensor
+    memory = torch.UntypedStorage(tensor.nbytes + offset)  # a slice would hold on to what it is cut from
+    return tensor.set_(memory, offset // tensor.itemsize, tensor.shape, tensor.stride())
+
+
 _FRESH = Workspace(keeps=False)
 
 
@@ -115,7 +124,7 @@ def empties(tensors: list[Tensor]) -> list[Tensor]:
 def holders(tensor: Tensor) -> int:
     """How many tensors look at the memory of `tensor`, itself included, as far as torch knows."""
     storage = tensor.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata) - 1  # `storage` is none of them
+    return _storage_Use_Count(storage._cdata) - 1  # `storage` is none of them
 
 
 def copies(tensors: list[Tensor]) -> list[Tensor]:
@@ -207,12 +216,7 @@ def restricted(v: Vector, names: Iterable[str]) -> Vector:
 
 
 def scaled(v: Vector, factor: float | Tensor) -> Vector:
-    """`factor · v`; `v` itself where the factor is the number 1.
-
-    Args:
-        v: a vector.
-        factor: a number, or a tensor of shape (), which may live on another device than some of `v`.
-    """
+    """`factor · v`; `v` itself where the factor is the number 1. A tensor, shape (), may be on another device."""
     if not isinstance(factor, Tensor) and factor == 1:
         return v
     tensors, own = parts(v)

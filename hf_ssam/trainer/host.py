@@ -123,6 +123,9 @@ HOOKS = (
     Hook(TRAINER, "label_smoother", "reads", (), "whether the loss is the model's own"),
     Hook(TRAINER, "_prepare_inputs", "calls", ("inputs",), "a forward that nobody sees, on the Trainer's device"),
     Hook(TRAINER, "_loss_shifts_labels", "reads", (), "how many labels of a micro-batch the loss counts"),
+    # Weights that move and come back.
+    Hook("torch._C", "_storage_Use_Count", "calls", (), "weights that nobody else looks at change places"),
+    Hook("torch.UntypedStorage", "_cdata", "reads", (), "which memory is asked about"),
     # A pass that is run again.
     Hook(TRAINER, "_defer_fsdp_gradient_reduction", "calls", (), "micro-batches before the last, loaded sharded"),
     Hook(TRAINER, "current_gradient_accumulation_steps", "reads", (), "a micro-batch's share of the step"),

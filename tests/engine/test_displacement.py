@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_ssam import TwoPass
 from hf_ssam.engine.passes import Displacement, Exchange, InPlace
 from hf_ssam.rules.space import ParameterSpace
-from hf_ssam.rules.tensors import Snapshot, Workspace
+from hf_ssam.rules.tensors import Snapshot, Workspace, scaled
 
 METHODS = ("ssam", "sam", "usam", "asam", "wsam", "momentum_sam", "random_perturbation", "looksam")
 WAYS = [Exchange, InPlace]
@@ -132,6 +132,75 @@ def test_weights_that_are_read_from_a_file_are_in_other_memory_too(tmp_path):
     bert().save_pretrained(tmp_path)
     model = type(bert()).from_pretrained(tmp_path)
     assert space_of(model).alone(dict(model.named_parameters()), ())
+
+
+def at(tensor: Tensor, offset: int) -> Tensor:
+    """The same numbers, `offset` bytes past a multiple of 64, in memory of their own."""
+    moved = torch.empty(0, dtype=tensor.dtype).set_(
+        torch.UntypedStorage(tensor.nbytes + offset), offset // tensor.itemsize, tensor.shape, tensor.stride()
+    )
+    return moved.copy_(tensor)
+
+
+def as_read_from_a_file(model: nn.Module, offset: int, monkeypatch) -> nn.Module:
+    """Its weights are where a file that is mapped may leave them: not at a multiple of 64."""
+    for p in model.parameters():
+        p.data = at(p.data, offset)
+    monkeypatch.setattr(ParameterSpace, "alone", lambda self, names, known: True)  # their memory is larger than they
+    return model
+
+
+@pytest.mark.parametrize("offset", [0, 4, 8, 20, 36, 60])
+@pytest.mark.parametrize("method", ["ssam", "momentum_sam"])
+def test_the_other_memory_is_aligned_as_the_weights_are(method: str, offset: int, monkeypatch):
+    model = as_read_from_a_file(network(), offset, monkeypatch)
+    *_, last = passes_of(model, method, steps=2)
+    assert {address % 64 for address in last} == {offset} and not set(last) & set(addresses(model))
+
+
+@pytest.mark.parametrize("offset", [4, 8, 20, 36])
+def test_a_perturbation_of_nothing_changes_no_bit_of_weights_at_any_address(offset: int, monkeypatch):
+    """Law 1: products of a matrix and one vector round otherwise at another address."""
+    torch.manual_seed(0)
+    model = as_read_from_a_file(nn.Linear(256, 256), offset, monkeypatch)
+    x, gradients = torch.randn(1, 256, requires_grad=True), []
+
+    def run() -> Tensor:
+        loss = model(x).sin().sum()
+        loss.backward()
+        gradients.append((model.weight.grad.clone(), x.grad.clone(), loss.detach()))
+        x.grad = None
+        return loss
+
+    TwoPass(model, "sam", 1e-30).step(run)
+    assert len(gradients) == 2 and all(map(torch.equal, *gradients))
+
+
+def test_memory_is_lent_at_the_alignment_that_is_asked_for():
+    workspace, like = Workspace(), torch.empty(5, 3).t()
+    for _ in range(2):
+        with workspace.in_use():
+            lent = [workspace.borrow(like, offset=offset) for offset in (0, 4, 8, 4)]
+            assert [t.data_ptr() % 64 for t in lent] == [0, 4, 8, 4]
+            assert all((t.shape, t.stride()) == (like.shape, like.stride()) for t in lent)
+            assert len({t.data_ptr() for t in lent}) == 4
+            workspace.reclaim()
+    assert workspace.kept == 4 * like.nbytes
+
+
+def test_weights_that_other_processes_map_stay_where_they_are():
+    model = network().share_memory()
+    home = addresses(model)
+    assert passes_of(model) == [home, home] and all(p.is_shared() for p in model.parameters())
+
+
+def test_weights_whose_perturbation_is_measured_on_a_device_stay_where_they_are():
+    """Its length is not read on the host, which would wait."""
+    ones = {n: torch.ones_like(p) for n, p in network().named_parameters()}
+    displacement = Displacement(space_of(network()), offload=False)
+    there, here = scaled(ones, torch.ones((), device="meta")), scaled(ones, torch.ones(()))
+    assert isinstance(displacement._way(list(ones), there, ()), InPlace)
+    assert isinstance(displacement._way(list(ones), here, ()), Exchange)
 
 
 def _view(model: nn.Module) -> object:
@@ -403,6 +472,30 @@ def test_weights_come_back_where_a_forward_replaces_them(method: str, limit: flo
         engine.step(run_of(model))
         model.zero_grad()
     assert torch.equal(model.inner.weight, expected.inner.weight)
+
+
+class TransposesOnce(nn.Module):
+    """Lays its weight out otherwise in the second pass, at the same address."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.passes = nn.Linear(8, 8), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        if self.passes == 2:
+            self.inner.weight.data = self.inner.weight.data.t()
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_come_back_where_a_forward_lays_them_out_otherwise(way: type, going):
+    going(way)
+    model = TransposesOnce()
+    before = copy.deepcopy(model.inner.weight)
+    TwoPass(model, "ssam", 0.5).step(run_of(model))
+    assert torch.equal(model.inner.weight, before) and model.inner.weight.stride() == before.stride()
 
 
 class MaxNormThatRemembers(MaxNorm):
