@@ -1,18 +1,20 @@
-"""Fixtures that every test module may use, and which tests `make test` leaves to `make test-all`."""
+"""Which tests `make test` leaves to `make test-all`, which worker runs what, and where runs write."""
 
 from __future__ import annotations
 
-import gc
-import sys
 import tempfile
 from collections.abc import Generator, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-from tests.support.cases import CASES, MAIN_CASES, Case
+from tests.support.garbage import pass_over_what_is_there, passing_over_imports
+
+if TYPE_CHECKING:  # with `-n` this file is loaded before the workers start, which then load torch
+    from tests.support.cases import Case
 
 PAIRED = {
     "test_ddp.py",
@@ -57,25 +59,15 @@ def refuse_patterns_that_fit_nothing(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let searches for garbage pass over what the imports made."""
+    """Searches for garbage pass over what the imports made."""
     pass_over_what_is_there()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Generator[None, bool, bool]:
-    """The same, once a test has imported more."""
-    before = len(sys.modules)
-    ran = yield
-    if len(sys.modules) > before:
-        pass_over_what_is_there()
-    return ran
-
-
-def pass_over_what_is_there() -> None:
-    """Every run of the Trainer searches for garbage, which is most of the time of a short run: imports made millions
-    of objects."""
-    gc.collect()
-    gc.freeze()
+    """Also over what a test imports."""
+    with passing_over_imports():
+        return (yield)
 
 
 class FilesAndPairs(LoadFileScheduling):
@@ -99,13 +91,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileS
 
 def is_main(case: Case, methods: tuple[str, ...]) -> bool:
     """Whether `case` is the first one of any of `methods`."""
+    from tests.support.cases import MAIN_CASES
+
     return case.method in methods and case in MAIN_CASES
-
-
-@pytest.fixture(params=CASES, ids=lambda case: case.id)
-def case(request: pytest.FixtureRequest) -> Case:
-    """Each row of the case table in turn."""
-    return request.param
 
 
 @pytest.fixture(scope="session", autouse=True)

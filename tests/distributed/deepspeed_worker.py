@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_ssam import SSAMTrainer
 from tests.distributed.fsdp2_worker import lora
-from tests.distributed.launching import Scenario, main, meet
+from tests.distributed.launching import Scenario, main
 from tests.distributed.scenarios import SpoiledSecondPass, SpoiledTrainer, whole
 from tests.support.cases import (
     MAIN_CASES,
@@ -241,11 +240,6 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 if __name__ == "__main__":
-    # DeepSpeed logs to standard output, where whoever asked for a scenario waits for its name.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    sys.stdout = answers
     # Its collectives in shared memory would be compiled here, for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    meet()
     main(SCENARIOS)

@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import io
+import json
 import os
+import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TextIO
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from tests.support.garbage import pass_over_what_is_there, passing_over_imports
+
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 WORLD = 2
+ENDS = "ENDS_OF_PIPES"
 
 Scenario = Callable[[Path], Any]
 
@@ -69,7 +75,8 @@ class TwoProcesses:
 
     def __init__(self, folder: Path, worker: str = "worker.py", given: Mapping[str, str] = MappingProxyType({})):
         self.folder, self._worker, self._given = folder, worker, given
-        self._ranks: list[subprocess.Popen[str]] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ranks: list[tuple[TextIO, TextIO]] = []
 
     def __getitem__(self, name: str) -> list[Any]:
         """What scenario `name` left, with one entry a rank."""
@@ -79,38 +86,48 @@ class TwoProcesses:
         return [torch.load(f, weights_only=False) for f in files]
 
     def _run(self, name: str) -> None:
-        self._ranks = self._ranks or [self._started(rank) for rank in range(WORLD)]
+        if self._process is None:
+            self._start()
         try:
-            for process in self._ranks:
-                print(name, file=process.stdin, flush=True)
-            for process in self._ranks:
-                assert process.stdout.readline().strip() == name, f"the scenario {name} failed:\n{self._log()}"
+            for names, _ in self._ranks:
+                print(name, file=names, flush=True)
+            for _, answers in self._ranks:
+                assert answers.readline().strip() == name, f"the scenario {name} failed:\n{self._log()}"
         except BaseException:
             self.stop()
             raise
 
-    def _started(self, rank: int) -> subprocess.Popen[str]:
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
-        with open(self.folder / f"rank{rank}.log", "w") as log:
-            return subprocess.Popen(
+    def _start(self) -> None:
+        """One process, which imports and then becomes both ranks (`become_ranks`)."""
+        names, answers = ([os.pipe() for _ in range(WORLD)] for _ in range(2))
+        theirs = [(names[rank][0], answers[rank][1]) for rank in range(WORLD)]
+        with open(self.folder / "ranks.log", "w") as log:
+            self._process = subprocess.Popen(
                 [sys.executable, str(HERE / self._worker), str(self.folder)],
-                env={**environment(), **self._given, **{k: str(v) for k, v in variables.items()}},
+                env={**environment(), **self._given, ENDS: json.dumps(theirs)},
                 cwd=ROOT,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                pass_fds=[end for ends in theirs for end in ends],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
                 stderr=log,
-                text=True,
+                start_new_session=True,
             )
+        for end in (end for ends in theirs for end in ends):
+            os.close(end)
+        self._ranks = [(open(names[rank][1], "w"), open(answers[rank][0])) for rank in range(WORLD)]
 
     def _log(self) -> str:
-        return "\n".join((self.folder / f"rank{rank}.log").read_text()[-5000:] for rank in range(WORLD))
+        return (self.folder / "ranks.log").read_text()[-10000:]
 
     def stop(self) -> None:
         """End both ranks and what they wait for."""
-        for process in self._ranks:
-            process.kill()
-            process.communicate()
-        self._ranks = []
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        for end in (end for ends in self._ranks for end in ends):
+            with contextlib.suppress(BrokenPipeError):
+                end.close()
+        self._process, self._ranks = None, []
         (self.folder / "rendezvous").unlink(missing_ok=True)
 
 
@@ -130,10 +147,21 @@ class Runs:
         return self.folder / name
 
 
-def meet() -> None:
-    """Make the group of both ranks, in the folder that the command line names."""
-    meeting = f"file://{sys.argv[1]}/rendezvous"
-    dist.init_process_group("gloo", init_method=meeting, rank=int(os.environ["RANK"]), world_size=WORLD)
+def become_ranks() -> tuple[TextIO, TextIO]:
+    """Become both ranks of a group: what they import takes longer than scenarios, and is imported once.
+
+    Returns:
+        Where this rank reads names of scenarios, and where it writes those that are done.
+    """
+    ends = json.loads(os.environ.pop(ENDS))
+    rank = 0 if os.fork() else 1
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD))
+    random.seed(rank), np.random.seed(rank)  # ranks of their own draw apart
+    for end in ends[1 - rank]:
+        os.close(end)
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/rendezvous", rank=rank, world_size=WORLD)
+    names, answers = ends[rank]
+    return open(names), open(answers, "w")
 
 
 def close_groups() -> None:
@@ -149,21 +177,22 @@ def close_groups() -> None:
 
 
 def main(scenarios: Mapping[str, Scenario], after: Callable[[], None] = lambda: None) -> None:
-    """Run the scenarios that the command line names, `worker.py FOLDER [NAME …]`, or those that standard input names.
+    """Run scenarios: those that the command line names, `worker.py FOLDER NAME …`, or those that somebody asks for.
 
     Each has a folder of its own in FOLDER, by its name, and `after` cleans up behind it. The name of one that is done
-    is written to standard output.
+    is the answer.
     """
+    names, answers = (sys.argv[2:], sys.stdout) if sys.argv[2:] else become_ranks()
     torch.set_num_threads(1)
-    gc.freeze()  # as in tests/conftest.py
-    folder, done = Path(sys.argv[1]), sys.stdout
-    for name in sys.argv[2:] or map(str.strip, sys.stdin):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(0)
-        with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints each log entry
+    pass_over_what_is_there()
+    folder = Path(sys.argv[1])
+    for name in map(str.strip, names):
+        with passing_over_imports():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            torch.manual_seed(0)
             result = scenarios[name](folder / name)
-        assert dist.get_world_size() == WORLD, f"{dist.get_world_size()} processes in place of {WORLD}"
-        torch.save(result, files_of(folder, name)[dist.get_rank()])
-        after()
-        print(name, file=done, flush=True)
+            assert dist.get_world_size() == WORLD, f"{dist.get_world_size()} processes in place of {WORLD}"
+            torch.save(result, files_of(folder, name)[dist.get_rank()])
+            after()
+        print(name, file=answers, flush=True)
     dist.destroy_process_group()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.distributed import adapters_worker, ddp_worker, fsdp2_worker, methods_worker, tensor_worker
-from tests.distributed.launching import close_groups, main, meet
+from tests.distributed.launching import close_groups, main
 
 KINDS = {
     "adapters": adapters_worker,
@@ -15,5 +15,4 @@ KINDS = {
 SCENARIOS = {f"{kind}/{name}": run for kind, module in KINDS.items() for name, run in module.SCENARIOS.items()}
 
 if __name__ == "__main__":
-    meet()
     main(SCENARIOS, close_groups)

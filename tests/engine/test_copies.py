@@ -10,11 +10,12 @@ import torch
 
 from hf_ssam import METHODS, TwoPass
 from tests.engine.test_two_pass import regression, sgd_with_engine
-from tests.support.cases import ONE_PASS_CASES, Case, assert_identical, weights
+from tests.support.cases import ONE_PASS_CASES, Case, assert_identical, each_case, weights
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda pair: pickle.loads(pickle.dumps(pair))}
 
 
+@each_case
 @pytest.mark.parametrize("how", COPIES)
 def test_a_copied_engine_goes_on_bit_for_bit(case: Case, how):
     goes_on(case, how)

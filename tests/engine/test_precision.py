@@ -25,6 +25,7 @@ from tests.support.cases import (
     assert_close,
     assert_identical,
     case_arguments,
+    each_case,
     gpt2,
     lm_data,
     trained,
@@ -57,6 +58,7 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- bf16 autocast
 
 
+@each_case
 @pytest.mark.parametrize("around", ["pass", "both"])
 def test_the_second_pass_casts_the_perturbed_weights(case: Case, around: str):
     """bf16 autocast keeps its casts of the weights while its context lasts; ours must not survive the perturbation."""

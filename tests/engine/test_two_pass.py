@@ -13,7 +13,7 @@ from hf_ssam import TwoPass
 from hf_ssam.rules.context import StepContext, chain
 from hf_ssam.rules.space import ParameterSpace
 from tests.support import reference
-from tests.support.cases import Case, assert_identical, weights
+from tests.support.cases import Case, assert_identical, each_case, weights
 
 
 def regression(seed: int = 0) -> tuple[nn.Module, list]:
@@ -46,6 +46,7 @@ def sgd_with_engine(model: nn.Module, engine: TwoPass, batches: list, lr: float)
     return reports
 
 
+@each_case
 def test_every_method_follows_its_float64_reference(case: Case):
     model, batches = regression()
     expected_model, _ = regression()
@@ -220,6 +221,7 @@ def each_way(request, monkeypatch):
         monkeypatch.setattr(ParameterSpace, "alone", lambda self, names, known: False)
 
 
+@each_case
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
 @pytest.mark.parametrize(("scope", "fails_at"), [("global", 3), ("global", 4), ("micro_batch", 2), ("micro_batch", 4)])
 def test_an_exception_in_the_second_pass_leaves_every_weight(case: Case, scope, fails_at, error, each_way):
@@ -240,6 +242,7 @@ def test_an_exception_in_the_second_pass_leaves_every_weight(case: Case, scope, 
     assert report.perturbation_norm > 0
 
 
+@each_case
 @pytest.mark.parametrize("offload", [False, True])
 def test_weights_come_back_bit_for_bit_in_every_precision(case: Case, offload, each_way):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -257,6 +260,7 @@ def backward(loss: Tensor) -> Tensor:
     return loss
 
 
+@each_case
 def test_a_zero_gradient_stays_zero(case: Case):
     model = nn.Linear(3, 2)
     report = TwoPass(model, case.method, case.rho, **case.options).step(
@@ -308,6 +312,7 @@ class Branches(nn.Module):
         return (self.first if self.calls % 2 else self.second)(torch.tanh(self.common(x)))
 
 
+@each_case
 def test_a_parameter_used_in_one_pass_only_is_restored_and_not_stepped_on(case: Case):
     model, x = Branches(), torch.randn(4, 2)
     before = weights(model)
@@ -317,6 +322,7 @@ def test_a_parameter_used_in_one_pass_only_is_restored_and_not_stepped_on(case: 
     assert torch.isfinite(model.second.weight.grad).all()
 
 
+@each_case
 def test_the_second_pass_is_at_the_perturbed_weights(case: Case):
     model, batches = regression()
     seen = []

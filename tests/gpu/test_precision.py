@@ -19,6 +19,7 @@ from tests.support.cases import (
     assert_identical,
     bert,
     case_arguments,
+    each_case,
     gpt2,
     image_data,
     lm_data,
@@ -152,6 +153,7 @@ def test_compile_takes_at_most_one_more_graph_a_graph(model, data):
 # ----------------------------------------------------------------------------------- law 7: no wait for the device
 
 
+@each_case
 @pytest.mark.parametrize("loss_scale", [False, True])
 @pytest.mark.parametrize("scope", ["global", "micro_batch"])
 def test_the_engine_does_not_wait_for_the_device(case: Case, scope: str, loss_scale: bool):

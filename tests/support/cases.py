@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -111,6 +112,8 @@ WHOLE_MODEL = tuple(n for n in METHODS if n not in {c.method for c in ADAPTER_CA
 
 MAIN_CASES = tuple({c.method: c for c in reversed(CASES)}.values())[::-1]
 """The first case of each method, for what is too slow to run for all."""
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 
 
 MAIN_ONE_PASS_CASES = tuple({c.method: c for c in reversed(ONE_PASS_CASES)}.values())[::-1]

@@ -17,6 +17,7 @@ from tests.support.cases import (
     assert_close,
     bert,
     case_arguments,
+    each_case,
     gpt2,
     lm_data,
     text_data,
@@ -65,6 +66,7 @@ class Recording(SSAMTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
 
+@each_case
 @pytest.mark.few_methods
 def test_two_micro_batches_are_one_batch(case: Case):
     assert_close(weights(run(case, "gpt2", **SPLITS["4x2"])), whole(case, "gpt2"))
@@ -173,6 +175,7 @@ def test_rank_scope_of_one_process_is_global(case: Case, task: str):
     assert_close(weights(run(case, task, ascent_scope="rank", **SPLITS["4x2"])), whole(case, task))
 
 
+@each_case
 def test_a_loop_that_hands_over_a_list_sees_one_batch(case: Case):
     """TwoPass alone, float64: a list of halves with losses already halved is the whole batch."""
 

@@ -17,6 +17,7 @@ from tests.support.cases import (
     assert_identical,
     bert,
     case_arguments,
+    each_case,
     gpt2,
     lm_data,
     text_data,
@@ -67,6 +68,7 @@ def perturbed(model: nn.Module, data: list, case: Case, **more) -> tuple[dict[st
     return {n: found[1][n] - found[0][n] for n, _ in model.named_parameters()}, report
 
 
+@each_case
 @pytest.mark.few_methods
 @each_kind
 def test_only_what_trains_is_perturbed(case: Case, kind: str):

@@ -37,6 +37,7 @@ from tests.support.cases import (
     assert_identical,
     bert,
     case_arguments,
+    each_case,
     text_data,
     weights,
 )
@@ -98,6 +99,7 @@ def assert_resumes(**given) -> None:
 ACCUMULATED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 
 
+@each_case
 @pytest.mark.few_methods
 def test_every_method_resumes_bit_for_bit(case: Case):
     given = SAVED if case.method != "adasam" else {k: v for k, v in SAVED.items() if k != "base_optim"}

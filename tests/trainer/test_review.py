@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_ssam import SSAMTrainer, TwoPass
 from hf_ssam.rules.tensors import parts
-from tests.support.cases import Case, arguments, bert, case_arguments, text_data, trained, weights
+from tests.support.cases import Case, arguments, bert, case_arguments, each_case, text_data, trained, weights
 
 
 def run_of(model: nn.Module, x: torch.Tensor, factor: float = 1.0):
@@ -62,6 +62,7 @@ def test_a_micro_batch_with_nothing_to_learn_adds_nothing():
         torch.testing.assert_close(a, p.grad)
 
 
+@each_case
 @pytest.mark.few_methods
 def test_the_direction_is_let_go_before_the_second_pass(case: Case):
     import gc

@@ -18,6 +18,7 @@ from tests.support.cases import (
     assert_identical,
     bert,
     case_arguments,
+    each_case,
     gpt2,
     lm_data,
     text_data,
@@ -233,6 +234,7 @@ def test_the_radius_is_that_of_what_is_perturbed(perturb: str):
     assert {n for n, t in e.items() if t.abs().sum() > 0} == {n for n in e if chosen(n)}
 
 
+@each_case
 def test_a_part_is_perturbed_in_every_method(case: Case):
     e = moved(gpt2(), case.method, 0.3, "norm", **case.options)
     touched = {n for n, t in e.items() if t.abs().sum() > 0}

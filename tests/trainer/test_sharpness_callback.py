@@ -17,6 +17,7 @@ from tests.support.cases import (
     assert_identical,
     bert,
     case_arguments,
+    each_case,
     gpt2,
     image_data,
     lm_data,
@@ -52,7 +53,7 @@ def test_measures_before_the_first_step_and_every_sharpness_steps():
 
 
 def test_the_eigenvalue_is_that_of_the_model_on_the_probe():
-    trainer, callback, entries = measured(bert(), sgd(max_steps=2), text_data())
+    trainer, callback, entries = measured(bert(), sgd(max_steps=1, sharpness_steps=1), text_data())
     expected = top_eigenvalues(trainer.model, callback._probe, tol=1e-4, loss=trainer.compute_loss).values[0]
     assert entries[-1]["sharpness/top_eigenvalue"] == pytest.approx(expected, rel=1e-3)
     assert entries[-1]["sharpness/converged"] == 1.0
@@ -75,6 +76,7 @@ def test_the_run_does_not_see_it(make, data):
     assert_identical(copied(watched), copied(plain))
 
 
+@each_case
 @pytest.mark.slow
 @pytest.mark.few_methods
 def test_every_method_can_be_watched(case):

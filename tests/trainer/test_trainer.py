@@ -20,6 +20,7 @@ from tests.support.cases import (
     assert_identical,
     bert,
     case_arguments,
+    each_case,
     gpt2,
     image_data,
     lm_data,
@@ -100,6 +101,7 @@ def by_hand(case: Case, model: nn.Module, batches: list[dict], lr: float) -> Non
         optimizer.zero_grad()
 
 
+@each_case
 @pytest.mark.few_methods
 def test_the_trainer_takes_the_trajectory_of_a_hand_written_loop(case: Case):
     batches = []
@@ -230,6 +232,7 @@ def test_the_parents_bookkeeping_counts_once():
     assert ours.state.total_flos == 2 * stock.state.total_flos
 
 
+@each_case
 @pytest.mark.few_methods
 def test_the_trainer_goes_on_after_an_exception_in_the_second_pass(case: Case):
     model = bert(0.0)
