@@ -176,6 +176,7 @@ def test_a_loss_scale_changes_nothing(case: Case, scope: str):
     assert len(scaled_run.scales[0]) == 4
 
 
+@pytest.mark.quick("*-1-1", "ssam-*", "friendly_sam-*")
 @pytest.mark.parametrize("which_pass", [0, 1])
 @pytest.mark.parametrize("micro_batch", [0, 1])
 @pytest.mark.parametrize(("case", "scope"), IN_SCOPE)

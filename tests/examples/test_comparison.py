@@ -101,6 +101,7 @@ def test_equal_gradients_are_equal(sweep, fake_script):
     assert passes == [12.0] * 6
 
 
+@pytest.mark.slow
 def test_a_comparison_is_not_mixed_with_another(sweep, fake_script):
     sweep()
     with pytest.raises(UsageError, match=r"holds another comparison \(flags, ssam differ\)"):
@@ -151,6 +152,7 @@ def test_comparison_may_change_as_long_as_no_run_is_there(sweep, fake_script):
     assert yaml.safe_load((folder / "plan.yaml").read_text())["flags"] == {"num_train_epochs": 3}
 
 
+@pytest.mark.slow
 def test_comparison_says_what_it_compares(sweep, fake_script):
     assert "Compared is `eval_accuracy`" in (sweep() / "results.md").read_text()
     with pytest.raises(UsageError, match="metric: eval_f1 was not measured in .*, which has eval_accuracy: set"):

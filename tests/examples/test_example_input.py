@@ -218,6 +218,7 @@ def main_of(main, *argv):
     return lambda _: main(*argv)
 
 
+@pytest.mark.slow
 def test_the_offline_tasks_follow_from_the_questions():
     names = offline_tasks.names()["train"]
     row = next(row for row in names if "halloween" in row["tokens"])

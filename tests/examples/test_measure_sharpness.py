@@ -56,6 +56,7 @@ def test_the_table_holds_the_librarys_numbers(folder, capsys):
     assert json.loads((folder / "out" / "sharpness.json").read_text())[1]["loss"] == rows[1]["loss"]
 
 
+@pytest.mark.slow
 def test_one_row_a_pattern(folder):
     rows = measured(folder, "--no_figures", "--parameters", "layer.0", "classifier")
     assert [r["weights"] for r in rows] == ["layer.0", "classifier"]
@@ -92,6 +93,7 @@ def test_memory_is_that_of_the_call_alone():
     assert 60 < peak - base < 130
 
 
+@pytest.mark.slow
 def test_images(folder):
     pixels = np.random.default_rng(0).integers(0, 255, (6, 8, 8), dtype=np.uint8)
     classes = ClassLabel(names=["x", "y", "z"])

@@ -156,6 +156,7 @@ def test_an_image_run_is_measured_on_its_own_folder_and_on_another(tmp_path):
     assert row["loss"] == pytest.approx(loss("test/cat/3.png"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_figures_name_the_data(text_run, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr("hf_ssam.cli.landscapes.save", lambda ax, path: drawn.update({path.name: ax}))

@@ -62,6 +62,7 @@ def test_the_trec_split_is_the_documented_one():
     assert data["test"][0] == {"text": "How do they find an epicenter ?", "label": 1}
 
 
+@pytest.mark.slow
 def test_movie_review_labels_are_the_sign_of_the_mean_and_one_rater_may_differ():
     rows = offline.movie_reviews()["train"]
     for label, score, ratings in zip(rows["label"], rows["score"], rows["ratings"], strict=True):

@@ -67,6 +67,7 @@ def test_learning_rate_limits_of_a_quadratic_are_the_closed_forms(rho):
         assert found["first_that_fails"] == pytest.approx(limit, rel=0.04)
 
 
+@pytest.mark.slow
 def test_learning_rates_that_are_too_slow_are_passed_over():
     settings = {"problem": "quadratic", "last_rate": 1.0, "factor": 1.05, "steps": 20, "trained": 1e-2, "seed": 0}
     found = learning_rates.measure({**settings, "rho": 0.0, "first_rate": 0.005})

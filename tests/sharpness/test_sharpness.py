@@ -636,6 +636,7 @@ class TestEdges:
         assert edge_of_stability(0.1, 0.3, method="ssam").max_lr(4.0) == pytest.approx(0.5)
         assert edge_of_stability(0.1, 0.3, method="ssam").max_lr(-1.0) == np.inf
 
+    @pytest.mark.quick("ssam-*")
     @pytest.mark.parametrize("method, options", [("usam", {}), ("ssam", {"normalize": False})])
     def test_one_percent_below_converges_and_above_diverges(self, method, options):
         curvature, rho = [4.0, 1.0], 0.3

@@ -52,6 +52,7 @@ def test_measures_before_the_first_step_and_every_sharpness_steps():
     assert [e["step"] for e in entries] == [0, 2, 4]
 
 
+@pytest.mark.slow
 def test_the_eigenvalue_is_that_of_the_model_on_the_probe():
     trainer, callback, entries = measured(bert(), sgd(max_steps=1, sharpness_steps=1), text_data())
     expected = top_eigenvalues(trainer.model, callback._probe, tol=1e-4, loss=trainer.compute_loss).values[0]
@@ -138,7 +139,7 @@ def _cosine(a, b) -> float:
     return (torch.dot(a, b) / (a.norm() * b.norm())).abs().item()
 
 
-@pytest.mark.quick("sam-None-*", "ssam-None-*")
+@pytest.mark.quick("ssam-None-*")
 @pytest.mark.parametrize(
     "optim, optim_args, name, normalize",
     [
@@ -200,6 +201,7 @@ def test_edges_that_do_not_bind_are_named_once(caplog):
     assert len(said) == 1
 
 
+@pytest.mark.slow
 def test_entries_go_through_the_trainers_log():
     class Seen(TrainerCallback):
         entries = []

@@ -321,6 +321,7 @@ def test_fp16_without_a_scaler_is_said():
         SSAMTrainer(model=bert(), args=args, train_dataset=text_data())
 
 
+@pytest.mark.slow
 def test_sharpness_steps_watch_the_curvature_and_change_nothing():
     watched = trained(bert(), arguments(optim="ssam", sharpness_steps=2), text_data(16))
     plain = trained(bert(), arguments(optim="ssam"), text_data(16))
