@@ -170,10 +170,22 @@ def close_groups() -> None:
     The threads end with the last reference to a group, and torch's caches keep the meshes, which keep theirs.
     """
     groups = [g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD]
+    names = tuple(group.group_name for group in groups)
     for group in groups:
         dist.destroy_process_group(group)
     for mesh in [o for o in gc.get_objects() if isinstance(o, DeviceMesh)] if groups else ():
         mesh._pg_registry.clear()
+    forget_addresses(names)
+
+
+def forget_addresses(groups: tuple[str, ...]) -> None:
+    """Let no later group of the same ranks, which torch names alike, call at the addresses of one that is closed."""
+    store = dist.distributed_c10d._get_default_store()
+    dist.barrier()
+    for key in store.list_keys() if dist.get_rank() == 0 else ():
+        if key.startswith(groups):
+            store.delete_key(key)
+    dist.barrier()
 
 
 def main(scenarios: Mapping[str, Scenario], after: Callable[[], None] = lambda: None) -> None:
