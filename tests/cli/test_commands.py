@@ -126,6 +126,7 @@ def test_page_of_a_method_has_equation_options_cost_paper_and_when(name, capsys)
     assert ("Experimental" in page) is bool(method.experimental)
 
 
+@pytest.mark.slow
 def test_plot_of_a_run_and_of_two(tmp_path, capsys, monkeypatch):
     run = state(tmp_path / "a" / "run")
     assert main(["plot", run]) == 0
@@ -169,6 +170,7 @@ def test_flags_offer_the_measures_that_there_are():
     assert tuple(measures.MEASURES) == sharpness.MEASURES
 
 
+@pytest.mark.slow
 def test_sharpness_is_measured_by_the_same_command(model, tmp_path, capsys):
     words = ["sharpness", str(model / "first"), "--data", str(model / "rows.csv"), "--output_dir", str(tmp_path)]
     assert main([*words, "--measures", "eigenvalues", "--no_figures"]) == 0

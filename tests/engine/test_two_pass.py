@@ -129,6 +129,7 @@ def distance_after(method: str, lr: float, steps: int, rho: float, **options) ->
     return model[0].norm().item()
 
 
+@pytest.mark.slow
 def test_usam_diverges_where_its_edge_says():
     """ηλ(1 + ρλ) = 2 with λ = 4, ρ = 0.3: η* = 0.22727."""
     edge = 2 / (4 * (1 + 0.3 * 4))

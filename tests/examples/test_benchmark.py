@@ -65,6 +65,7 @@ def test_benchmark_compares_every_loop_with_a_plain_step_and_with_its_passes(fla
     assert (tmp_path / "out" / "step_cost.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_benchmark_of_time_only_counts_no_memory(flags, capsys):
     rows = benchmark_step.main([*flags, "--methods", "ssam", "--trainer_methods", "--time_only"])
     assert {r.peak_bytes for r in rows} == {r.operations for r in rows} == {0}

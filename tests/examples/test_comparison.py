@@ -76,6 +76,7 @@ def sweep(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_finished_runs_are_not_repeated(sweep, fake_script):
     fake_script.dies_at = 5
     with pytest.raises(KeyboardInterrupt):

@@ -8,6 +8,7 @@ import edge_of_stability
 from support.cli import UsageError
 
 
+@pytest.mark.slow
 def test_a_short_run_and_its_table_again(tmp_path, capsys):
     flags = ["--etas", "0.4", "--rhos", "0.05", "--time", "4", "--checks", "5", "--digits", "20"]
     runs = edge_of_stability.main([*flags, "--output_dir", str(tmp_path / "run")])

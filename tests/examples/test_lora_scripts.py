@@ -73,6 +73,7 @@ def test_dpo_refuses_data_that_are_no_preferences(llama: Path, tmp_path: Path):
         run_dpo.main(given)
 
 
+@pytest.mark.slow
 def test_offline_preferences_hold_the_right_class_and_another():
     asked, preferred = offline_tasks.classified_questions(), offline_tasks.preferred_answers()
     for split, pairs in preferred.items():

@@ -136,6 +136,7 @@ def test_an_interrupt_while_unpacking_leaves_nothing(index, tmp_path, monkeypatc
     assert os.listdir(tmp_path / "cache") == []
 
 
+@pytest.mark.slow
 def test_a_package_that_is_killed_while_it_is_unpacked_is_fetched_again(index, tmp_path):
     """`kill -9` clears nothing away, and leaves nothing that the next process takes for the package."""
     dies = (
@@ -156,6 +157,7 @@ def fetching_process(wheel, *lines) -> subprocess.Popen:
     return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_package_that_two_processes_fetch_at_once_is_whole_for_both(index, tmp_path):
     """Each waits until both have unpacked, so that both are about to put it in its place."""
     meet = (
@@ -216,6 +218,7 @@ class CutOff(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
+@pytest.mark.slow
 def test_a_download_that_is_cut_off_leaves_nothing_and_is_made_again(index, tmp_path, monkeypatch):
     monkeypatch.setattr(CutOff, "wheel", index)
     monkeypatch.setattr(CutOff, "cuts", 1)

@@ -93,6 +93,7 @@ def test_the_shipped_configuration_cut_short_trains_ssam_and_the_model_opens_in_
     assert answer[0]["label"] in {"ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"}
 
 
+@pytest.mark.slow
 def test_the_same_command_twice_gives_the_same_numbers_and_a_stock_name_is_the_baseline(main, tmp_path, csv):
     data = ["--train_file", csv("train.csv", text=WORDS * 4, label=["p", "n"] * 8)]
     main(*data, out="one")

@@ -50,6 +50,7 @@ def test_saddle_ssam_takes_the_steps_of_a_loop_over_two_numbers(rho):
     assert saddles.measure(settings)["steps"] == steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sam", "ssam"])
 def test_saddle_holds_a_normalised_ascent(method):
     found = saddles.measure({"learning_rate": 0.05, "most_steps": 400, "method": method, "rho": 0.05})

@@ -131,6 +131,7 @@ def test_a_registered_method_is_on_the_card_with_its_own_citation(tmp_path):
     assert "[A title](https://arxiv.org/abs/2601.00001)" in card.text
 
 
+@pytest.mark.slow
 def test_a_second_card_says_the_same(trained):
     run, _, _ = trained
     assert str(card_of(run)) == str(card_of(run))
