@@ -4,7 +4,7 @@ Where the model alone holds its weights, on the CPU, they change places: `w + e`
 is the parameters' until the weights come back, and `w` is not written to at all. That moves 12 bytes a float32 number.
 Writing in place beside a copy moves 28, and is the way wherever an address must stay or, as far as torch knows,
 somebody else looks at the memory: on a GPU, for shards, for weights that are views of a larger tensor, have a view or
-are shared with other processes. What torch does not know of, as an array that a weight was made from, shows `w` then.
+are shared with other processes. What torch does not know of, such as a NumPy array below a weight, shows `w` then.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 WORLD = 2
 ENDS = "ENDS_OF_PIPES"
+"""The variable that tells the ranks' process its ends of the pipes: for each rank, names in and answers out."""
 
 Scenario = Callable[[Path], Any]
 

@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("hf_ssam", "tests", "examples", "configs", "pyproject.toml", "README.md")
 LIBRARIES = ("pytest", "torch", "datasets", "evaluate", "peft", "scipy.sparse.linalg", "transformers.trainer")
 MODELS = tuple(f"transformers.models.{name}.modeling_{name}" for name in ("bert", "gpt2", "llama", "resnet", "t5"))
-QUICK = ("-m", "not slow and not gpu")
-"""What `make test` runs."""
+QUICK = ("-m", "not slow and not gpu", "-o", "timeout=0")
+"""What `make test` runs; pytest-timeout's alarm would replace the one of `SECONDS`."""
 SECONDS = 300
 THRESHOLD = 0.95
 PASSED, FAILED, TIMED_OUT = 0, 1, -signal.SIGALRM

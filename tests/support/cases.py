@@ -114,6 +114,7 @@ MAIN_CASES = tuple({c.method: c for c in reversed(CASES)}.values())[::-1]
 """The first case of each method, for what is too slow to run for all."""
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+"""Runs a test for each row of the case table."""
 
 
 MAIN_ONE_PASS_CASES = tuple({c.method: c for c in reversed(ONE_PASS_CASES)}.values())[::-1]
