@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import quantile_test
 
 from hf_ssam.plots.canvas import COLORS, canvas, dress, save
 from support.step_loops import LIMIT, PLAIN, Loop
@@ -36,8 +37,9 @@ class Measured:
 class Row:
     """A step's cost on one model and batch.
 
-    `plain` and `limit` are quartiles of the ratios to a plain step and to its passes alone; `beyond_ms`, `operations`
-    and `reads` are what it takes beyond its passes; `kept_bytes` is what it adds to a checkpoint.
+    `plain` and `limit` are quartiles of the ratios to a plain step and to its passes alone; `limit_from` to `limit_to`
+    is the 95 % interval of the latter's median, NaN for too few rounds; `beyond_ms`, `operations` and `reads` are what
+    it takes beyond its passes; `kept_bytes` is what it adds to a checkpoint.
     """
 
     model: str
@@ -59,6 +61,8 @@ class Row:
     limit_low: float
     limit: float
     limit_high: float
+    limit_from: float
+    limit_to: float
     beyond_ms: float
     bytes_per_parameter: float
     peak_bytes: int
@@ -103,6 +107,7 @@ def row(found: Mapping[str, Measured], name: str, about: Mapping[str, object], p
     bound = least(found, own)
     plain = np.percentile(own.seconds / found[PLAIN].seconds, [25, 50, 75])
     limit = np.percentile(own.seconds / bound, [25, 50, 75])
+    known = quantile_test(own.seconds / bound, p=0.5).confidence_interval(0.95)
     beyond = float(np.median(own.seconds - bound))
     return Row(
         **about,
@@ -112,6 +117,8 @@ def row(found: Mapping[str, Measured], name: str, about: Mapping[str, object], p
         milliseconds=1e3 * float(np.median(own.seconds)),
         **dict(zip(("plain_low", "plain", "plain_high"), map(float, plain), strict=True)),
         **dict(zip(("limit_low", "limit", "limit_high"), map(float, limit), strict=True)),
+        limit_from=float(known.low),
+        limit_to=float(known.high),
         beyond_ms=1e3 * beyond,
         bytes_per_parameter=beyond * about["copy_gb_per_second"] * 1e9 / about["trained"],
         peak_bytes=own.traced.peak,
@@ -140,19 +147,21 @@ def description(name: str, at: Setting, device: str, precision: str, bandwidth: 
 def table(rows: Sequence[Row]) -> str:
     """Markdown, a line for each loop; peak memory and what a checkpoint holds in units of the weights that train."""
     lines = [
-        "| loop | passes | of a plain step (quartiles) | of its passes alone (quartiles) | ms beyond its passes "
-        "| bytes a parameter | peak memory | in a checkpoint | operations beyond | host reads beyond |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| loop | passes | of a plain step (quartiles) | of its passes alone (quartiles) "
+        "| 95 % interval of that median | ms beyond its passes | bytes a parameter | peak memory | in a checkpoint "
+        "| operations beyond | host reads beyond |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         weights = 4 * r.trained
         traced = f"{r.peak_bytes / weights:.1f} | {r.kept_bytes / weights:.1f} | {r.operations:.0f} | {r.reads:.1f}"
         if not r.peak_bytes:
             traced = f"– | {r.kept_bytes / weights:.1f} | – | –"
+        known = "–" if np.isnan(r.limit_from) else f"{r.limit_from:.3f}-{r.limit_to:.3f}"
         lines.append(
             f"| {r.loop} | {r.passes:.2f} | {r.plain:.2f} ({r.plain_low:.2f}-{r.plain_high:.2f}) "
-            f"| {r.limit:.3f} ({r.limit_low:.3f}-{r.limit_high:.3f}) | {r.beyond_ms:.1f} "
-            f"| {r.bytes_per_parameter:.0f} | {traced} |"
+            f"| {r.limit:.3f} ({r.limit_low:.3f}-{r.limit_high:.3f}) | {known} "
+            f"| {r.beyond_ms:.1f} | {r.bytes_per_parameter:.0f} | {traced} |"
         )
     return "\n".join(lines)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 import benchmark_step
 from support.step_loops import LIMIT, PLAIN, TRAINER, Loop
 from support.step_meters import copy_bandwidth, traced
-from support.step_report import Measured, least
+from support.step_report import Measured, Row, least, row, table
 from support.step_rounds import measured
 from tests.support.cases import bert
 
@@ -107,6 +109,24 @@ def test_benchmark_bounds_a_step_by_as_many_bare_passes_as_it_takes():
     assert least(found, of([9.0, 9.0], 2)) == pytest.approx([1.8, 3.8])
     assert least(found, of([9.0, 9.0], 1.5)) == pytest.approx([1.4, 2.9])
     assert least(found, of([9.0, 9.0], 2, TRAINER)) == pytest.approx([2.0, 4.0])
+
+
+@pytest.mark.parametrize(("rounds", "ranks"), [(10, (2, 9)), (25, (8, 18)), (5, None)])
+def test_the_interval_of_a_median_is_between_two_rounds(rounds, ranks):
+    """Closed form: the k-th smallest of n rounds to the k-th largest misses with twice P(Bin(n, 1/2) < k)."""
+    missed = [2 * sum(math.comb(rounds, i) for i in range(k)) / 2**rounds for k in range(rounds // 2 + 1)]
+    allowed = [k for k in range(1, len(missed)) if missed[k] <= 0.05]
+    assert ranks == ((max(allowed), rounds + 1 - max(allowed)) if allowed else None), "the test's own numbers"
+    ratios = np.random.default_rng(0).permutation(np.arange(1, rounds + 1, dtype=float))
+    loops = {name: Loop(name, None, lambda: 0) for name in (PLAIN, LIMIT, "ssam")}
+    seconds = {PLAIN: np.ones(rounds), LIMIT: np.ones(rounds), "ssam": ratios}
+    found = {n: Measured(loop, seconds[n], np.full(rounds, 1.0 + (n != PLAIN))) for n, loop in loops.items()}
+    about = dict.fromkeys((f.name for f in fields(Row)[:8]), 1) | {"copy_gb_per_second": 1.0}
+    one = row(found, "ssam", about, 1)
+    if ranks is None:
+        assert np.isnan(one.limit_from) and np.isnan(one.limit_to) and "| – |" in table([one])
+    else:
+        assert (one.limit_from, one.limit_to) == ranks and f"| {ranks[0]:.3f}-{ranks[1]:.3f} |" in table([one])
 
 
 def test_benchmark_counts_memory_operations_and_host_reads():
