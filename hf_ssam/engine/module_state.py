@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..rules.snapshot import Snapshot
 from ..rules.space import local
-from ..rules.tensors import Snapshot
 
 Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..rules.snapshot import Snapshot
 from ..rules.space import ParameterSpace
 from ..rules.state import MethodState
-from ..rules.tensors import ALIGNMENT, Snapshot, Vector, current, holders, move, parts, read
+from ..rules.tensors import ALIGNMENT, Vector, add_into, current, holders, move, parts, read
 from .adapters import Adapters
 from .forward_recorder import ForwardRecorder, RecordedForward
 from .logit_gradients import LogitGradients
@@ -78,10 +79,7 @@ class Exchange:
     def move(self, u: Vector, rho: float, spent: bool) -> None:
         """Let the parameters be `w + ρ u`, the bits that `InPlace` leaves; no direction is overwritten."""
         others, factor = parts(u)
-        alpha = float(factor * rho)
-        with torch.no_grad():
-            for out, w, other in zip(self._elsewhere, self.before, others.values(), strict=True):
-                torch.add(w, other, alpha=alpha, out=out)
+        add_into(self._elsewhere, self.before, others.values(), float(factor * rho))
         self._place(self._elsewhere)
 
     def restore(self) -> None:

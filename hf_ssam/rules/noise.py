@@ -14,8 +14,8 @@ from torch import Tensor
 from . import tensors as tensors_
 from .context import Rule, StepContext
 from .rows import row_length, row_norms
-from .space import CHUNK, in_memory_order
-from .tensors import Vector, copies, empties, parts, scaled
+from .space import CHUNK
+from .tensors import Vector, copies, empties, in_memory_order, parts, scaled
 
 LEVELS = 2**16
 """How many values sixteen bits have."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from . import tensors as tensors_
-from .tensors import Vector, multiply_, parts, times
+from .tensors import Vector, in_memory_order, multiply_, parts, times
 
 PIECE = 512
 """Numbers that are summed in float32: a relative error of 2e-11 over 1e8 numbers."""
@@ -244,7 +244,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 def norms_of(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of each tensor: shape (len(tensors),), float64 on the CPU, elsewhere float32 or wider."""
     if all(t.device.type in tensors_.HOST for t in tensors):
-        return torch.stack([_norm(t) for t in tensors])
+        return _on_the_host(tensors)
     wide = any(t.dtype == torch.float64 for t in tensors)
     each = torch._foreach_norm(list(tensors), 2, dtype=torch.float64 if wide else torch.float32)
     return torch.stack([n.to(each[0].device) for n in each])
@@ -255,21 +255,26 @@ def dots_of(us: Sequence[Tensor], vs: Sequence[Tensor]) -> Tensor:
     return torch.stack([_dot(u, v).to(us[0].device) for u, v in zip(us, vs, strict=True)])
 
 
-def _norm(t: Tensor) -> Tensor:
-    flat = in_memory_order(t)
+def _on_the_host(tensors: Sequence[Tensor]) -> Tensor:
+    pieces = [list(_pieces(in_memory_order(t))) for t in tensors]
+    squares = torch.cat([p for of_one in pieces for p in of_one]).double().square()
+    each = torch.segment_reduce(squares, "sum", lengths=torch.tensor([sum(map(len, p)) for p in pieces])).sqrt()
+    for i in torch.nonzero(~((each > SAFE[0]) & (each < SAFE[1])))[:, 0].tolist():
+        parts_of_one = in_memory_order(tensors[i]).split(CHUNK)
+        each[i] = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.double()) for p in parts_of_one]))
+    return each
+
+
+def _pieces(flat: Tensor) -> Iterator[Tensor]:
+    """Norms of `PIECE` numbers each, and of what is left over."""
     if flat.dtype == torch.float64 or len(flat) < PIECE:
-        return torch.linalg.vector_norm(flat, dtype=torch.float64)
-    norm = torch.linalg.vector_norm(torch.cat([_of_pieces(part) for part in _float32(flat)]))
-    if SAFE[0] < norm < SAFE[1]:
-        return norm
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.double()) for p in flat.split(CHUNK)]))
-
-
-def _of_pieces(flat: Tensor) -> Tensor:
-    whole = len(flat) // PIECE * PIECE
-    pieces = torch.linalg.vector_norm(flat[:whole].view(-1, PIECE), dim=1)
-    rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float64)
-    return torch.cat([pieces.double(), rest[None]])
+        yield torch.linalg.vector_norm(flat, dtype=torch.float64)[None]
+        return
+    for part in _float32(flat):
+        whole = len(part) // PIECE * PIECE
+        yield torch.linalg.vector_norm(part[:whole].view(-1, PIECE), dim=1)
+        if whole < len(part):
+            yield torch.linalg.vector_norm(part[whole:], dtype=torch.float64)[None]
 
 
 def _float32(flat: Tensor) -> Iterator[Tensor]:
@@ -292,9 +297,3 @@ def _dot(u: Tensor, v: Tensor) -> Tensor:
         torch.dot(a.to(dtype), b.to(dtype)).double() for a, b in zip(u.split(CHUNK), v.split(CHUNK), strict=True)
     ]
     return torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64)
-
-
-def in_memory_order(t: Tensor) -> Tensor:
-    """`t` as a vector in the order of its memory, without a copy where it has no gaps (transposed, channels last)."""
-    order = sorted(range(t.dim()), key=lambda d: t.stride(d), reverse=True)
-    return t.permute(order).reshape(-1)

@@ -127,51 +127,27 @@ def holders(tensor: Tensor) -> int:
     return _storage_Use_Count(storage._cdata) - 1  # `storage` is none of them
 
 
+def _lent(tensors: Iterable[Tensor]) -> bool:
+    """Whether memory like that of `tensors` is lent, so that filling it costs less than asking for fresh memory."""
+    return _CURRENT.get() is not None and all(t.device.type in HOST for t in tensors)
+
+
+def in_memory_order(t: Tensor) -> Tensor:
+    """`t` as a vector in the order of its memory, without a copy where it has no gaps (transposed, channels last)."""
+    order = sorted(range(t.dim()), key=lambda d: t.stride(d), reverse=True)
+    return t.permute(order).reshape(-1)
+
+
 def copies(tensors: list[Tensor]) -> list[Tensor]:
     """Copies of `tensors`, in the memory of the workspace in use."""
     if not tensors:
         return []
     with torch.no_grad():
-        if _CURRENT.get() is None or any(t.device.type not in HOST for t in tensors):
+        if not _lent(tensors):
             return list(torch._foreach_clone(tensors))
         new = empties(tensors)
         torch._foreach_copy_(new, tensors)
     return new
-
-
-class Snapshot:
-    """Copies of tensors.
-
-    Args:
-        tensors: the tensors to remember; their storage is what `restore` writes to.
-        offload: keep the copies in host memory; exact as well, since a copy between devices rounds nothing.
-
-    Attributes:
-        tensors: what is remembered.
-        copies: as it was.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor], offload: bool = False):
-        self.tensors = list(tensors)
-        on_host = offload and any(t.device.type != "cpu" for t in self.tensors)
-        self.copies = [t.detach().to("cpu", copy=True) for t in self.tensors] if on_host else copies(self.tensors)
-
-    def restore(self) -> None:
-        """Write the copies back in place; an interrupt that comes meanwhile is raised once all of them are back."""
-        try:
-            self._copy_back()
-        except BaseException:
-            self._copy_back()
-            raise
-
-    def release(self) -> None:
-        """Let the workspace in use lend the memory of the copies again."""
-        current().take_back(self.copies)
-
-    def _copy_back(self) -> None:
-        if self.tensors:
-            with torch.no_grad():
-                torch._foreach_copy_(self.tensors, self.copies)
 
 
 class Multiple(Mapping[str, Tensor]):
@@ -276,14 +252,31 @@ def multiplied(u: Vector, v: Vector) -> Vector:
     return scaled(new, factor)
 
 
+def add_into(outs: Iterable[Tensor], tensors: Iterable[Tensor], others: Iterable[Tensor], factor: float) -> None:
+    """`out ← t + factor · other` on the host: the bits of `add_` on a copy, for 12 bytes a float32 number, not 20."""
+    with torch.no_grad():
+        for out, t, other in zip(outs, tensors, others, strict=True):
+            torch.add(t, other, alpha=factor, out=out)
+
+
 def added(u: Vector, v: Vector, factor: float | Tensor = 1.0) -> Vector:
     """`u + factor · v` over the names of either; a missing tensor counts as zero."""
     tensors, own = parts(v)
     both = [n for n in u if n in tensors]
-    sums = copied(restricted(u, both)) if both else {}
-    add_(list(sums.values()), [tensors[n] for n in both], own * factor)
+    sums = _sums(restricted(u, both), restricted(tensors, both), own * factor)
     rest = scaled({n: tensors[n] for n in tensors if n not in sums}, own * factor)
     return {**{n: sums[n] if n in sums else u[n] for n in u}, **rest}
+
+
+def _sums(u: Vector, v: Vector, factor: float | Tensor) -> Vector:
+    (tensors, own), factor = parts(u), read(factor)
+    if not _lent(tensors.values()) or isinstance(factor, Tensor) or read(own) != 1:
+        sums = copied(u)
+        add_(list(sums.values()), list(v.values()), factor)
+        return sums
+    new = empties(list(tensors.values()))
+    add_into(new, tensors.values(), v.values(), factor)
+    return dict(zip(tensors, new, strict=True))
 
 
 def added_(u: Vector, v: Vector, factor: float | Tensor = 1.0) -> Vector:

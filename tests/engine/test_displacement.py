@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from hf_ssam import TwoPass
 from hf_ssam.engine.passes import Displacement, Exchange, InPlace
+from hf_ssam.rules.snapshot import Snapshot
 from hf_ssam.rules.space import ParameterSpace
-from hf_ssam.rules.tensors import Snapshot, Workspace, scaled
+from hf_ssam.rules.tensors import Workspace, scaled
 
 METHODS = ("ssam", "sam", "usam", "asam", "wsam", "momentum_sam", "random_perturbation", "looksam")
 WAYS = [Exchange, InPlace]

@@ -99,8 +99,8 @@ def test_sparse_gradients_of_a_functional_embedding_are_refused():
 @pytest.mark.parametrize("at", ["snapshot", "restore"])
 def test_an_interrupt_inside_the_restore_leaves_the_weights(at, monkeypatch):
     """The copy is idempotent, so it is made once more whatever broke it off."""
+    from hf_ssam.rules.snapshot import Snapshot
     from hf_ssam.rules.space import ParameterSpace
-    from hf_ssam.rules.tensors import Snapshot
 
     model, tries = nn.Linear(4, 2), []
     before = copy.deepcopy(model.state_dict())

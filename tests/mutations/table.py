@@ -34,6 +34,7 @@ ON_LORA = ("tests/methods/test_adapters.py",)
 NOISE = ("tests/rules/test_noise.py",)
 BUDGET = ("tests/rules/test_budget.py",)
 FUNCTIONAL = ("tests/methods/test_functional_sam.py",)
+NORMS = ("tests/rules/test_norms.py",)
 VECTORS = ("tests/rules/test_vectors.py",)
 MASKS = ("tests/rules/test_masks.py",)
 DESCENT = ("tests/rules/test_descent.py", "tests/rules/test_orthogonal.py")
@@ -85,6 +86,9 @@ LEFT_OUT = (
 # fmt: off
 RULES = (
     Mutation("rules/tensors.py", "a sum lacks what only the second has", "if n in sums else u[n] for n in u}, **rest}", "if n in sums else u[n] for n in u}}", VECTORS),
+    Mutation("rules/tensors.py", "a sum forgets what its first vector is a multiple of", " or read(own) != 1", "", VECTORS),
+    Mutation("rules/space.py", "a norm lacks what is left over by whole pieces", "if whole < len(part)", "if False", NORMS),
+    Mutation("rules/space.py", "norms of squares that float32 cannot hold", "~((each > SAFE[0]) & (each < SAFE[1]))", "each != each", NORMS),
     Mutation("rules/space.py", "gradients that later micro-batches lack are lost", "self.params[name].grad = earlier[name]", "pass", SHARES),
     Mutation("rules/space.py", "a gradient written beside the one that is there", "torch._foreach_copy_([present[n] for n in moved], [tensors[n] for n in moved])", "pass", VECTORS + DESCENT),
     Mutation("rules/ascent.py", "T on names that are `weight` alone", '"weight" in n]', 'n.rsplit(".", 1)[-1] == "weight"]', ADAPTIVE),

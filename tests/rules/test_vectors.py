@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from hf_ssam.rules.snapshot import Snapshot
 from hf_ssam.rules.space import ParameterSpace
-from hf_ssam.rules.tensors import Snapshot, added, move, multiplied, scaled
+from hf_ssam.rules.tensors import Workspace, added, move, multiplied, scaled
 
 
 def vector(*sizes: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -60,6 +61,23 @@ def test_a_missing_tensor_counts_as_zero_in_a_sum():
     a, b = torch.ones(2), torch.ones(3)
     total = added({"a": a}, {"b": b}, 2.0)
     assert torch.equal(total["a"], a) and torch.equal(total["b"], 2 * b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("own", [1.0, -0.7, torch.tensor(1.0), torch.tensor(0.3)], ids=str)
+@pytest.mark.parametrize("factor", [-1.3, torch.tensor(0.9)], ids=str)
+def test_a_sum_in_lent_memory_has_the_bits_of_a_copy_that_is_added_to(own, factor, dtype):
+    u, v = scaled(vector(40, 7, dtype=dtype), own), vector(40, 7, 3, seed=2, dtype=dtype)
+    before = {n: t.clone() for n, t in u.items()}, {n: t.clone() for n, t in v.items()}
+    expected = {n: t.clone().add_(v[n], alpha=float(factor)) for n, t in u.items()} | {"p2": v["p2"] * float(factor)}
+    workspace = Workspace()
+    with workspace.in_use():
+        total = added(u, v, factor)
+        assert all(torch.equal(total[n], t) for n, t in expected.items()) and len(total) == 3
+    for vectors, were in zip((u, v), before, strict=True):
+        assert all(torch.equal(vectors[n], t) for n, t in were.items()), "a rule is a pure function"
+    workspace.reclaim()
+    assert workspace.kept == sum(t.nbytes for t in total.values()), "the sum, and no copy besides, is in lent memory"
 
 
 def test_moving_there_and_restoring_is_exact():
