@@ -2,14 +2,14 @@
 
     python examples/benchmark_step.py                                       # 22.7M parameters, batch 16 × 32, ssam
     python examples/benchmark_step.py --sizes tiny base --shapes 16x32 32x64 --methods ssam sam looksam esam
-    python examples/benchmark_step.py --peer_path sam.py --official_path ssam/sam.py     # beside other people's code
+    python examples/benchmark_step.py --peer_path sam/sam.py --official_path stablesam2024/sam.py   # beside other code
     python examples/benchmark_step.py --device cuda --bf16 --shapes 128x128
 
 The limit of a step of two passes is two bare passes and one step of the optimizer; of another one, as many passes as
 it takes. All loops take turns within each round, in an order that changes, in one process and on the same weights (the
 learning rate is 0), so that a slow moment of the machine slows all of them; a ratio is one round's time over the same
-round's. A number is the median of the ratios with their quartiles. The Trainer's row is measured against a stock
-Trainer that is made to run two passes.
+round's. A number is the median of the ratios, with their quartiles and with its own 95 % interval. The Trainer's row is
+measured against a stock Trainer that is made to run two passes.
 
 Ctrl-C ends the measurement and keeps the rounds that are whole. pytorch_optimizer's SAM is measured where that package
 is installed.
