@@ -8,8 +8,8 @@
 The limit of a step of two passes is two bare passes and one step of the optimizer; of another one, as many passes as
 it takes. All loops take turns within each round, in an order that changes, in one process and on the same weights (the
 learning rate is 0), so that a slow moment of the machine slows all of them; a ratio is one round's time over the same
-round's. A number is the median of the ratios, with their quartiles and with its own 95 % interval. The Trainer's row is
-measured against a stock Trainer that is made to run two passes.
+round's. A number is the median of the ratios, with their quartiles and with its own 95 % interval. The Trainer's row
+is measured against a stock Trainer that is made to run two passes.
 
 Ctrl-C ends the measurement and keeps the rounds that are whole. pytorch_optimizer's SAM is measured where that package
 is installed.
