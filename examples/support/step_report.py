@@ -38,8 +38,8 @@ class Row:
     """A step's cost on one model and batch.
 
     `plain` and `limit` are quartiles of the ratios to a plain step and to its passes alone; `limit_from` to `limit_to`
-    is the 95 % interval of the latter's median, NaN for too few rounds; `beyond_ms`, `operations` and `reads` are what
-    it takes beyond its passes; `kept_bytes` is what it adds to a checkpoint.
+    is the 95 % interval of `limit` as if rounds were independent, NaN for too few of them; `beyond_ms`, `operations`
+    and `reads` are what it takes beyond its passes; `kept_bytes` is what it adds to a checkpoint.
     """
 
     model: str
@@ -157,7 +157,7 @@ def table(rows: Sequence[Row]) -> str:
         traced = f"{r.peak_bytes / weights:.1f} | {r.kept_bytes / weights:.1f} | {r.operations:.0f} | {r.reads:.1f}"
         if not r.peak_bytes:
             traced = f"– | {r.kept_bytes / weights:.1f} | – | –"
-        known = "–" if np.isnan(r.limit_from) else f"{r.limit_from:.3f}-{r.limit_to:.3f}"
+        known = "–" if np.isnan([r.limit_from, r.limit_to]).any() else f"{r.limit_from:.3f}-{r.limit_to:.3f}"
         lines.append(
             f"| {r.loop} | {r.passes:.2f} | {r.plain:.2f} ({r.plain_low:.2f}-{r.plain_high:.2f}) "
             f"| {r.limit:.3f} ({r.limit_low:.3f}-{r.limit_high:.3f}) | {known} "

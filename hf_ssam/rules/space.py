@@ -244,7 +244,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 def norms_of(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of each tensor: shape (len(tensors),), float64 on the CPU, elsewhere float32 or wider."""
     if all(t.device.type in tensors_.HOST for t in tensors):
-        return _on_the_host(tensors)
+        return _host_norms(tensors)
     wide = any(t.dtype == torch.float64 for t in tensors)
     each = torch._foreach_norm(list(tensors), 2, dtype=torch.float64 if wide else torch.float32)
     return torch.stack([n.to(each[0].device) for n in each])
@@ -255,13 +255,16 @@ def dots_of(us: Sequence[Tensor], vs: Sequence[Tensor]) -> Tensor:
     return torch.stack([_dot(u, v).to(us[0].device) for u, v in zip(us, vs, strict=True)])
 
 
-def _on_the_host(tensors: Sequence[Tensor]) -> Tensor:
+def _host_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Squares of pieces are summed for all tensors at once; what float32 cannot square is taken once more."""
     pieces = [list(_pieces(in_memory_order(t))) for t in tensors]
     squares = torch.cat([p for of_one in pieces for p in of_one]).double().square()
-    each = torch.segment_reduce(squares, "sum", lengths=torch.tensor([sum(map(len, p)) for p in pieces])).sqrt()
+    lengths = torch.tensor([sum(map(len, of_one)) for of_one in pieces], device="cpu")
+    each = torch.segment_reduce(squares, "sum", lengths=lengths).sqrt()
     for i in torch.nonzero(~((each > SAFE[0]) & (each < SAFE[1])))[:, 0].tolist():
-        parts_of_one = in_memory_order(tensors[i]).split(CHUNK)
-        each[i] = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.double()) for p in parts_of_one]))
+        if pieces[i][0].dtype != torch.float64:
+            chunks = in_memory_order(tensors[i]).split(CHUNK)
+            each[i] = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(c.double()) for c in chunks]))
     return each
 
 
@@ -273,17 +276,12 @@ def _pieces(flat: Tensor) -> Iterator[Tensor]:
     for part in _float32(flat):
         whole = len(part) // PIECE * PIECE
         yield torch.linalg.vector_norm(part[:whole].view(-1, PIECE), dim=1)
-        if whole < len(part):
-            yield torch.linalg.vector_norm(part[whole:], dtype=torch.float64)[None]
+        yield torch.linalg.vector_norm(part[whole:], dtype=torch.float64)[None]
 
 
 def _float32(flat: Tensor) -> Iterator[Tensor]:
     """`flat` itself where it is float32, otherwise a piece at a time."""
-    if flat.dtype == torch.float32:
-        yield flat
-    else:
-        for part in flat.split(CHUNK):
-            yield part.float()
+    yield from (flat,) if flat.dtype == torch.float32 else (part.float() for part in flat.split(CHUNK))
 
 
 def _dot(u: Tensor, v: Tensor) -> Tensor:

@@ -127,8 +127,8 @@ def holders(tensor: Tensor) -> int:
     return _storage_Use_Count(storage._cdata) - 1  # `storage` is none of them
 
 
-def _lent(tensors: Iterable[Tensor]) -> bool:
-    """Whether memory like that of `tensors` is lent, so that filling it costs less than asking for fresh memory."""
+def _can_borrow(tensors: list[Tensor]) -> bool:
+    """Whether there is a workspace that lends memory like that of `tensors`."""
     return _CURRENT.get() is not None and all(t.device.type in HOST for t in tensors)
 
 
@@ -143,7 +143,7 @@ def copies(tensors: list[Tensor]) -> list[Tensor]:
     if not tensors:
         return []
     with torch.no_grad():
-        if not _lent(tensors):
+        if not _can_borrow(tensors):
             return list(torch._foreach_clone(tensors))
         new = empties(tensors)
         torch._foreach_copy_(new, tensors)
@@ -263,19 +263,23 @@ def added(u: Vector, v: Vector, factor: float | Tensor = 1.0) -> Vector:
     """`u + factor · v` over the names of either; a missing tensor counts as zero."""
     tensors, own = parts(v)
     both = [n for n in u if n in tensors]
-    sums = _sums(restricted(u, both), restricted(tensors, both), own * factor)
+    sums = _sums(restricted(u, both), [tensors[n] for n in both], own * factor) if both else {}
     rest = scaled({n: tensors[n] for n in tensors if n not in sums}, own * factor)
     return {**{n: sums[n] if n in sums else u[n] for n in u}, **rest}
 
 
-def _sums(u: Vector, v: Vector, factor: float | Tensor) -> Vector:
-    (tensors, own), factor = parts(u), read(factor)
-    if not _lent(tensors.values()) or isinstance(factor, Tensor) or read(own) != 1:
+def _sums(u: Vector, others: list[Tensor], factor: float | Tensor) -> Vector:
+    """`u + factor · others`; at once where `u` is no multiple, as far as is known without waiting, and has no gaps in
+    memory, with which a kernel may round otherwise."""
+    tensors, own = parts(u)
+    ours, own, factor = list(tensors.values()), read(own), read(factor)
+    plain = not isinstance(own, Tensor) and own == 1 and not isinstance(factor, Tensor)
+    if not plain or not _can_borrow(ours) or not all(t.is_contiguous() for t in ours):
         sums = copied(u)
-        add_(list(sums.values()), list(v.values()), factor)
+        add_(list(sums.values()), others, factor)
         return sums
-    new = empties(list(tensors.values()))
-    add_into(new, tensors.values(), v.values(), factor)
+    new = empties(ours)
+    add_into(new, ours, others, factor)
     return dict(zip(tensors, new, strict=True))
 
 

@@ -20,6 +20,7 @@ from hf_ssam.rules import tensors
 from tests.support.cases import (
     CASES,
     MAIN_CASES,
+    ONE_PASS_CASES,
     Case,
     arguments,
     assert_close,
@@ -371,7 +372,9 @@ class ReadsBack(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("case", "scope"), IN_SCOPE)
+@pytest.mark.parametrize(
+    ("case", "scope"), [*IN_SCOPE, *(pytest.param(case, "global", id=case.id) for case in ONE_PASS_CASES)]
+)
 @pytest.mark.parametrize("loss_scale", [None, 2.0, torch.tensor(2.0)])
 def test_the_engine_reads_no_value_back(case: Case, scope: str, loss_scale, monkeypatch):
     """On an accelerator's path; on the host itself a value is read freely."""
@@ -385,7 +388,9 @@ def test_the_engine_reads_no_value_back(case: Case, scope: str, loss_scale, monk
         return loss.detach()
 
     with ReadsBack() as counter:
-        engine.step([run, run], loss_scale=loss_scale)
+        for _ in range(2):  # the second one finds what the first one kept
+            engine.step([run, run], loss_scale=loss_scale)
+            model.zero_grad()
     assert counter.reads == 0
     with counter:
         model[0].weight.sum().item()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_ssam import TwoPass
+from hf_ssam import TwoPass, get_method
 from hf_ssam.methods.looksam import layerwise
 from hf_ssam.rules.context import StepContext
 from hf_ssam.rules.space import ParameterSpace
@@ -15,6 +18,9 @@ from tests.engine.test_selection import backward_of as selecting
 from tests.engine.test_two_pass import backward_of, loss_of, regression
 from tests.rules.test_masks import indexed_backward
 from tests.support import reference
+from tests.support.cases import CASES, ONE_PASS_CASES
+
+KEEPING = [c for c in (*CASES, *ONE_PASS_CASES) if get_method(c.method, **c.options).build().stateful]
 
 
 @pytest.mark.parametrize("sigma", [1.0, 0.6])
@@ -76,6 +82,35 @@ def test_momentum_sam_starts_the_momentum_of_a_parameter_that_comes_later():
         engine.step(run(uses_head))
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[1], head.weight)
     assert not torch.equal(seen[2], head.weight)
+
+
+@pytest.mark.parametrize("case", KEEPING, ids=lambda case: case.id)
+def test_what_is_kept_goes_by_name_where_the_first_parameter_comes_later(case):
+    """Twice the same run, with the parameter that is used from the second step on named first, and named last."""
+
+    def run(names: tuple[str, ...]) -> list[Tensor]:
+        torch.manual_seed(0)
+        layers = {"early": nn.Linear(3, 3).double(), "late": nn.Linear(3, 3).double()}
+        model = nn.ModuleDict({n: layers[n] for n in names})
+        x, found = regression()[1][0][0], []
+
+        def backward_through(used: tuple[str, ...]) -> Callable[..., Tensor]:
+            def forward_backward(indices: Any = slice(None)) -> Tensor:
+                loss = sum(len(n) * layers[n](x[indices]) for n in used).square().mean()  # unequal gradients
+                loss.backward()
+                return loss
+
+            return forward_backward
+
+        engine = TwoPass(model, case.method, 0.3, total_steps=9, **case.options)
+        for used in (("early",), ("early", "late"), ("early", "late"), ("early", "late")):
+            model.zero_grad()
+            engine.step(backward_through(used))
+            found += [p.grad.clone() for n in ("early", "late") for p in layers[n].parameters() if p.grad is not None]
+        return found
+
+    for one, other in zip(run(("early", "late")), run(("late", "early")), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("method", ["momentum_sam", "stale_sam"])

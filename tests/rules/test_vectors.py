@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -82,6 +84,40 @@ def test_a_sum_in_lent_memory_has_the_bits_of_a_copy_that_is_added_to(own, facto
         assert all(torch.equal(vectors[n], t) for n, t in were.items()), "a rule is a pure function"
     workspace.reclaim()
     assert workspace.kept == sum(t.nbytes for t in total.values()), "the sum, and no copy besides, is in lent memory"
+
+
+@pytest.mark.parametrize("lent", [True, False])
+@pytest.mark.parametrize("size", [3, 1])
+def test_tensors_are_added_by_their_names(lent, size):
+    u = {"a": torch.full((3,), 1.0), "b": torch.full((size,), 10.0)}
+    v = {"b": torch.full((size,), 200.0), "a": torch.full((3,), 2.0)}
+    with Workspace().in_use() if lent else contextlib.nullcontext():
+        for total in (added(u, v), added(v, u)):
+            assert torch.equal(total["a"], torch.full((3,), 3.0))
+            assert torch.equal(total["b"], torch.full((size,), 210.0))
+
+
+LAYOUTS = {
+    "dense": lambda t: t,
+    "transposed": lambda t: t.t().contiguous().t(),
+    "gaps": lambda t: t.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2],
+    "expanded": lambda t: t[:1].expand(6, -1),
+    "number": lambda t: t[0, 0],
+    "empty": lambda t: t[:0],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("other", ["dense", "same"])
+def test_a_sum_has_the_same_bits_however_its_vectors_lie(layout, other, dtype):
+    there = LAYOUTS[layout]
+    u = {"p": there(torch.randn(6, 37, generator=torch.Generator().manual_seed(0)).to(dtype))}
+    v = torch.randn(6, 37, generator=torch.Generator().manual_seed(1)).to(dtype)
+    v = {"p": there(v) if other == "same" else there(v).clone(memory_format=torch.contiguous_format)}
+    expected = u["p"].clone().add_(v["p"], alpha=-1.3)
+    with Workspace().in_use():
+        assert torch.equal(added(u, v, -1.3)["p"], expected)
 
 
 def test_moving_there_and_restoring_is_exact():
