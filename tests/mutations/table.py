@@ -148,7 +148,7 @@ ENGINE = (
     Mutation("engine/passes.py", "memory that became a weight's is lent again", "                self._workspace.give_away(elsewhere)\n", "", PLACES),
     Mutation("engine/passes.py", "a graph of other weights goes unnoticed", "torch.autograd.graph.increment_version(self._params)", "pass", PLACES),
     Mutation("engine/two_pass.py", "an interrupt leaves weights elsewhere", "        self._displacement.restore()\n", "", PLACES),
-    Mutation("engine/passes.py", "weights move the wrong way elsewhere", "alpha = float(factor * rho)", "alpha = -float(factor * rho)", PLACES),
+    Mutation("engine/passes.py", "weights move the wrong way elsewhere", "others.values(), float(factor * rho))", "others.values(), -float(factor * rho))", PLACES),
     Mutation("engine/passes.py", "the other memory is aligned otherwise", ", offset=t.data_ptr() % ALIGNMENT", "", PLACES),
     Mutation("rules/tensors.py", "memory of another alignment is lent", "dtype or like.dtype, offset", "dtype or like.dtype", PLACES),
     Mutation("engine/passes.py", "the length of a perturbation is waited for", "if not waits and", "if", PLACES),
