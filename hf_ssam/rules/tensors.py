@@ -273,8 +273,8 @@ def _sums(u: Vector, others: list[Tensor], factor: float | Tensor) -> Vector:
     memory, with which a kernel may round otherwise."""
     tensors, own = parts(u)
     ours, own, factor = list(tensors.values()), read(own), read(factor)
-    plain = not isinstance(own, Tensor) and own == 1 and not isinstance(factor, Tensor)
-    if not plain or not _can_borrow(ours) or not all(t.is_contiguous() for t in ours):
+    dense = _can_borrow(ours) and all(t.is_contiguous() for t in ours)
+    if isinstance(own, Tensor) or isinstance(factor, Tensor) or own != 1 or not dense:
         sums = copied(u)
         add_(list(sums.values()), others, factor)
         return sums

@@ -86,9 +86,9 @@ LEFT_OUT = (
 # fmt: off
 RULES = (
     Mutation("rules/tensors.py", "a sum lacks what only the second has", "if n in sums else u[n] for n in u}, **rest}", "if n in sums else u[n] for n in u}}", VECTORS),
-    Mutation("rules/tensors.py", "a sum forgets what its first vector is a multiple of", "own == 1 and not isinstance(factor", "not isinstance(factor", VECTORS),
+    Mutation("rules/tensors.py", "a sum forgets what its first vector is a multiple of", " or own != 1 or not dense", " or not dense", VECTORS),
     Mutation("rules/tensors.py", "tensors are added by their position", "[tensors[n] for n in both], own", "[tensors[n] for n in tensors if n in u], own", VECTORS),
-    Mutation("rules/tensors.py", "the host asks a device whether a factor is one", "plain = not isinstance(own, Tensor) and", "plain =", ("tests/engine/test_precision.py::test_the_engine_reads_no_value_back",)),
+    Mutation("rules/tensors.py", "the host asks a device whether a factor is one", "if isinstance(own, Tensor) or isinstance(factor", "if isinstance(factor", ("tests/engine/test_precision.py::test_the_engine_reads_no_value_back",)),
     Mutation("rules/space.py", "a norm lacks what is left over by whole pieces", "vector_norm(part[whole:]", "vector_norm(part[:0]", NORMS),
     Mutation("rules/space.py", "norms of squares that float32 cannot hold", "~((each > SAFE[0]) & (each < SAFE[1]))", "each != each", NORMS),
     Mutation("rules/space.py", "gradients that later micro-batches lack are lost", "self.params[name].grad = earlier[name]", "pass", SHARES),
