@@ -269,8 +269,11 @@ def added(u: Vector, v: Vector, factor: float | Tensor = 1.0) -> Vector:
 
 
 def _sums(u: Vector, others: list[Tensor], factor: float | Tensor) -> Vector:
-    """`u + factor · others`; at once where `u` is no multiple, as far as is known without waiting, and has no gaps in
-    memory, with which a kernel may round otherwise."""
+    """`u + factor · others`, on the host in one operation where it can be.
+
+    It cannot where `u` has yet to be multiplied, where a factor is on a device, which must not be waited for, or where
+    the memory of `u` has gaps: a kernel may round otherwise there.
+    """
     tensors, own = parts(u)
     ours, own, factor = list(tensors.values()), read(own), read(factor)
     dense = _can_borrow(ours) and all(t.is_contiguous() for t in ours)
