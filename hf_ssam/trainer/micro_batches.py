@@ -11,6 +11,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +58,12 @@ class MicroBatch:
     unwritten: dict[str, Any] | None = None
     calls: list[Any] | None = None
 
+    @cached_property
+    def flos(self) -> float:
+        """Floating point operations of a pass over all of its samples, as the parent counts them: over every module,
+        so once is enough."""
+        return float(self.trainer.floating_point_ops(self.inputs))
+
     def __call__(self, indices: Tensor | None = None) -> Tensor:
         """Forward and backward, as the parent does them; returns the loss it reports.
 
@@ -66,11 +73,12 @@ class MicroBatch:
         """
         self.passes += 1
         inputs = self.inputs if self.unwritten is None else _cloned(self.unwritten)
-        num_items = self.num_items
+        num_items, flos = self.num_items, self.flos
         if indices is not None:
             inputs = part_of(inputs, indices)
             num_items = self.trainer.recounted(num_items, self.inputs, inputs)
-        with self.trainer.synchronized(self.model, self.last), self._uncounted(inputs), self._weighted():
+            flos = float(self.trainer.floating_point_ops(inputs))
+        with self.trainer.synchronized(self.model, self.last), self._uncounted(flos), self._weighted():
             if indices is not None:
                 return self.step(self.model, {**inputs}, num_items)
             with self._unwritten_kept(), self._compared():
@@ -101,16 +109,15 @@ class MicroBatch:
             refuse_other_samples(type(self.trainer))
 
     @contextlib.contextmanager
-    def _uncounted(self, inputs: dict[str, Any]) -> Iterator[None]:
+    def _uncounted(self, flos: float) -> Iterator[None]:
         """The parent counts the floating point operations of one pass over all of its inputs; we count the rest."""
-        flos = self.trainer.floating_point_ops
         if self.passes == 1:
             yield
-            self.trainer.current_flos += 0.0 if inputs is self.inputs else float(flos(inputs) - flos(self.inputs))
+            self.trainer.current_flos += flos - self.flos
             return
         with self.trainer.host_counters_kept():
             yield
-        self.trainer.current_flos += float(flos(inputs))
+        self.trainer.current_flos += flos
 
     @contextlib.contextmanager
     def _weighted(self) -> Iterator[None]:

@@ -90,8 +90,8 @@ class SSAMTrainerMixin(
             return super().training_step(model, inputs, num_items_in_batch)
         last = self.accelerator.sync_gradients
         ids, inputs = ids_of(inputs), without_ids(inputs)
-        self._window_flos += float(self.floating_point_ops(inputs))
         whole = MicroBatch(self, super().training_step, model, inputs, num_items_in_batch, last)
+        self._window_flos += whole.flos
         if not engine.is_open:
             self._begin_step(engine)
         losses = []

@@ -230,6 +230,20 @@ def test_total_flos_count_every_pass(case: Case):
     assert ours.state.num_input_tokens_seen == stock.state.num_input_tokens_seen
 
 
+@pytest.mark.parametrize(("parts", "calls"), [(1, 2), (2, 4)])
+def test_operations_of_a_micro_batch_are_counted_once_for_all_of_its_passes(parts: int, calls: int):
+    """Each count walks over every module. The parent counts once, we once a micro-batch and once a part of it."""
+    counted = []
+
+    class Counting(SSAMTrainer):
+        def floating_point_ops(self, inputs):
+            counted.append(inputs)
+            return super().floating_point_ops(inputs)
+
+    trained(bert(), arguments(optim="ssam", max_steps=3, num_micro_batches=parts), text_data(), cls=Counting)
+    assert len(counted) == 3 * calls
+
+
 def test_input_tokens_are_counted_once():
     stock, ours = stock_and_ours(gpt2, lm_data, include_num_input_tokens_seen="all")
     assert ours.state.num_input_tokens_seen == stock.state.num_input_tokens_seen > 0
