@@ -6,10 +6,11 @@
     python examples/benchmark_step.py --device cuda --bf16 --shapes 128x128
 
 The limit of a step of two passes is two bare passes and one step of the optimizer; of another one, as many passes as
-it takes. All loops take turns within each round, in an order that changes, in one process and on the same weights (the
-learning rate is 0), so that a slow moment of the machine slows all of them; a ratio is one round's time over the same
-round's. A number is the median of the ratios, with their quartiles and with its own 95 % interval. The Trainer's row
-is measured against a stock Trainer that is made to run two passes.
+it takes; of a method that selects samples, the passes and looks of one of its steps, run alone. All loops take turns
+within each round, in an order that changes, in one process and on the same weights (the learning rate is 0), so that a
+slow moment of the machine slows all of them; a ratio is one round's time over the same round's. A number is the median
+of the ratios, with their quartiles and with its own 95 % interval. The Trainer's row is measured against a stock
+Trainer that is made to run two passes.
 
 Ctrl-C ends the measurement and keeps the rounds that are whole. pytorch_optimizer's SAM is measured where that package
 is installed.
@@ -25,7 +26,7 @@ from torch.optim import AdamW
 from transformers import set_seed
 
 from hf_ssam import METHODS
-from support.step_loops import ADAMW, Loop, bare, our_trainer, ours, peers, plain, stock_trainer
+from support.step_loops import ADAMW, Loop, bare, our_trainer, ours, peers, stock_trainer
 from support.step_meters import copy_bandwidth
 from support.step_models import SIZES, Setting, setting
 from support.step_report import Row, description, plot, report, row, write_csv
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         for shape in flags.shapes:
             set_seed(0)
             at = setting(name, shape, flags.device, flags.bf16, flags.lora_r)
-            found, whole = measured(loops(at, flags), flags.rounds, flags.steps, flags.device)
+            with at.watch.optimizers():
+                found, whole = measured(loops(at, flags), flags.rounds, flags.steps, flags.device)
             about = description(name, at, flags.device, "bfloat16 autocast" if flags.bf16 else "float32", bandwidth)
             here = [row(found, loop, about, flags.steps) for loop in found]
             rows += here
@@ -100,8 +102,8 @@ def arguments() -> argparse.ArgumentParser:
 def loops(at: Setting, flags: argparse.Namespace) -> list[Loop]:
     """All that is compared; what has no optimizer of its own shares one."""
     optimizer = AdamW(at.trained, **ADAMW)
-    found = [plain(at, optimizer), bare(at, optimizer)]
-    found += [ours(at, optimizer, method, flags.offload_snapshot) for method in flags.methods]
+    found = [bare(at, optimizer, passes) for passes in (1, 2)]
+    found += [loop for method in flags.methods for loop in ours(at, optimizer, method, flags.offload_snapshot)]
     found += peers(at, flags.peer_path, flags.official_path)
     if flags.trainer_methods:
         found += [stock_trainer(at), *(our_trainer(at, method) for method in flags.trainer_methods)]

@@ -6,22 +6,38 @@ All train the same model on the same batch at learning rate 0, so that they may 
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from hf_ssam import SSAMTrainer, SSAMTrainingArguments, TwoPass
-from support.step_meters import Clock
+from hf_ssam import METHODS, SSAMTrainerMixin, SSAMTrainingArguments, TwoPass
+from support.step_meters import Clock, Stopwatch
 from support.step_models import Setting
 
 PLAIN, LIMIT, TRAINER = "plain step", "two bare passes", "Trainer, two passes"
+OURS = "SSAMTrainer, "
 RHO = 0.05
 ADAMW = {"lr": 0.0, "weight_decay": 0.0}
+
+
+class Taken(NamedTuple):
+    """What steps of a loop took, all of them together.
+
+    Attributes:
+        seconds: by the clock.
+        passes: over the batch.
+        beside: of `seconds`, what is neither passes nor the optimizer's; on a GPU, of the host's time.
+    """
+
+    seconds: float
+    passes: float
+    beside: float
 
 
 @dataclass(frozen=True)
@@ -30,51 +46,45 @@ class Loop:
 
     Attributes:
         name: what the table calls it.
-        run: `(steps) -> (seconds, passes)`, both of all the steps together.
+        run: `steps -> what they took`.
         kept: bytes that it adds to a checkpoint: what its optimizer and its method remember.
         baseline: the loop whose cost is the least that this one can cost; None: as many bare passes as it takes.
         traceable: whether `run` does nothing but steps; a Trainer also sets itself up.
     """
 
     name: str
-    run: Callable[[int], tuple[float, float]]
+    run: Callable[[int], Taken]
     kept: Callable[[], int]
     baseline: str | None = None
     traceable: bool = True
 
 
-def plain(at: Setting, optimizer: Optimizer) -> Loop:
-    """One pass and the optimizer's step."""
+def bare(at: Setting, optimizer: Optimizer, passes: int) -> Loop:
+    """So many passes and the optimizer's step: what no step that takes as many passes can go below."""
+    return alone(PLAIN if passes == 1 else LIMIT, at, optimizer, passes * [at.forward_backward], passes)
+
+
+def alone(name: str, at: Setting, optimizer: Optimizer, work: list[Callable[[], object]], passes: float) -> Loop:
+    """The optimizer's step, and before it what a step runs, one after the other with nothing between."""
 
     def step() -> float:
-        at.forward_backward()
+        for run in work:
+            optimizer.zero_grad()
+            run()
         optimizer.step()
         optimizer.zero_grad()
-        return 1.0
+        return passes
 
-    return Loop(PLAIN, timed(step, at), lambda: nbytes(optimizer.state_dict()["state"]))
-
-
-def bare(at: Setting, optimizer: Optimizer) -> Loop:
-    """Two passes and the optimizer's step: what no sharpness-aware step of two passes can go below."""
-
-    def step() -> float:
-        at.forward_backward()
-        optimizer.zero_grad()
-        at.forward_backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return 2.0
-
-    return Loop(LIMIT, timed(step, at), lambda: nbytes(optimizer.state_dict()["state"]))
+    return Loop(name, timed(step, at), lambda: nbytes(optimizer.state_dict()["state"]))
 
 
-def ours(at: Setting, optimizer: Optimizer, method: str, offload_snapshot: bool = False) -> Loop:
-    """`TwoPass` with the method's defaults, at the end of a run: what grows over it is grown."""
-    size = len(at.batch["labels"])
-    two_pass = TwoPass(at.model, method, offload_snapshot=offload_snapshot, dataset_size=size, total_steps=1)
-    two_pass.clock.lr = ADAMW["lr"]
-    samples = torch.arange(size, device=at.device)
+def ours(at: Setting, optimizer: Optimizer, method: str, offload_snapshot: bool = False) -> list[Loop]:
+    """`TwoPass` with the method's defaults; before it the passes of one that runs them on some of the samples.
+
+    Half of a batch costs more than half of a pass, and a forward without gradient more than a third of one.
+    """
+    two_pass = engine(at, method, offload_snapshot)
+    samples = torch.arange(len(at.batch["labels"]), device=at.device)
 
     def step() -> float:
         report = two_pass.step(at.forward_backward, samples=samples)
@@ -85,7 +95,38 @@ def ours(at: Setting, optimizer: Optimizer, method: str, offload_snapshot: bool 
     def kept() -> int:
         return nbytes(optimizer.state_dict()["state"]) + nbytes(two_pass.state_dict())
 
-    return Loop(method, timed(step, at), kept)
+    loop = Loop(method, timed(step, at), kept)
+    if METHODS[method].build().selection is None:
+        return [loop]
+    limit = alone(f"{method}, its passes alone", at, optimizer, *recorded(at, method))
+    return [limit, replace(loop, baseline=limit.name)]
+
+
+def engine(at: Setting, method: str, offload_snapshot: bool = False) -> TwoPass:
+    """`TwoPass` at the end of a run: what grows over it is grown."""
+    size = len(at.batch["labels"])
+    two_pass = TwoPass(at.model, method, offload_snapshot=offload_snapshot, dataset_size=size, total_steps=1)
+    two_pass.clock.lr = ADAMW["lr"]
+    return two_pass
+
+
+def recorded(at: Setting, method: str) -> tuple[list[Callable[[], object]], float]:
+    """What a step of `method` runs, in order: passes, and forwards without gradient. How many passes that is."""
+    work: list[Callable[[], object]] = []
+
+    def run_pass(indices: Tensor | slice = slice(None)) -> Tensor:
+        work.append(partial(at.forward_backward, indices))
+        return at.forward_backward(indices)
+
+    def look(model: torch.nn.Module, args: tuple, inputs: dict[str, Tensor]) -> None:
+        if not torch.is_grad_enabled():
+            work.append(partial(at.forward, inputs))
+
+    hook = at.model.register_forward_pre_hook(look, with_kwargs=True)
+    report = engine(at, method).step(run_pass, samples=torch.arange(len(at.batch["labels"]), device=at.device))
+    hook.remove()
+    at.model.zero_grad()
+    return work, report.passes
 
 
 def wrapping(name: str, at: Setting, optimizer: Optimizer) -> Loop:
@@ -125,7 +166,21 @@ def loaded(path: Path) -> Any:
     return module
 
 
-class TwoPassesTrainer(Trainer):
+class WatchedTrainer(Trainer):
+    """The stock Trainer, its passes taken by a watch."""
+
+    watch: Stopwatch
+
+    def training_step(self, *args: Any) -> Tensor:
+        with self.watch.running():
+            return super().training_step(*args)
+
+
+class OurTrainer(SSAMTrainerMixin, WatchedTrainer):
+    """`SSAMTrainer` over it."""
+
+
+class TwoPassesTrainer(WatchedTrainer):
     """The stock Trainer, made to take two passes: what `SSAMTrainer` would cost if all we add were free."""
 
     def training_step(self, model: torch.nn.Module, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
@@ -135,16 +190,24 @@ class TwoPassesTrainer(Trainer):
 
 
 class Timer(TrainerCallback):
-    """The seconds of all steps but the first, which sets a run up."""
+    """All steps but the first, which sets a run up.
 
-    def __init__(self, device: str):
-        self._clock, self.seconds = Clock(device), 0.0
+    Attributes:
+        seconds: by the clock.
+        watched: of these, what the watch has seen.
+    """
+
+    def __init__(self, at: Setting):
+        self._clock, self._watch = Clock(at.device), at.watch
+        self.seconds = self.watched = 0.0
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 1:
             self._clock.start()
+            self.watched = -self._watch.seconds
         if state.global_step == state.max_steps:
             self.seconds = self._clock.stop()
+            self.watched += self._watch.seconds
 
 
 def stock_trainer(at: Setting) -> Loop:
@@ -160,12 +223,12 @@ def stock_trainer(at: Setting) -> Loop:
 def our_trainer(at: Setting, method: str) -> Loop:
     """`SSAMTrainer` over the same."""
     args = SSAMTrainingArguments(optim=method, base_optim="adamw_torch", **trainer_arguments(at))
-    trainer = SSAMTrainer(args=args, **data(at))
+    trainer = OurTrainer(args=args, **data(at))
 
     def kept() -> int:
         return nbytes(trainer.optimizer.state_dict()["state"]) + nbytes(trainer.two_pass.state_dict())
 
-    return Loop(f"SSAMTrainer, {method}", training(trainer, at), kept, baseline=TRAINER, traceable=False)
+    return Loop(OURS + method, training(trainer, at), kept, baseline=TRAINER, traceable=False)
 
 
 def trainer_arguments(at: Setting) -> dict[str, Any]:
@@ -185,29 +248,31 @@ def data(at: Setting) -> dict[str, Any]:
     }
 
 
-def training(trainer: Trainer, at: Setting) -> Callable[[int], tuple[float, float]]:
+def training(trainer: WatchedTrainer, at: Setting) -> Callable[[int], Taken]:
     """Runs of so many steps after a first one, which is not timed."""
-    timer = Timer(at.device)
+    timer, trainer.watch = Timer(at), at.watch
     trainer.add_callback(timer)
     trainer.remove_callback(PrinterCallback)
 
-    def run(steps: int) -> tuple[float, float]:
+    def run(steps: int) -> Taken:
         trainer.args.max_steps = steps + 1
         trainer.train()
         passes = trainer.state.log_history[-1].get("ssam/total_passes", 2.0 * (steps + 1))
-        return timer.seconds, passes * steps / (steps + 1)
+        return Taken(timer.seconds, passes * steps / (steps + 1), timer.seconds - timer.watched)
 
     return run
 
 
-def timed(step: Callable[[], float], at: Setting) -> Callable[[int], tuple[float, float]]:
+def timed(step: Callable[[], float], at: Setting) -> Callable[[int], Taken]:
     """`step`, so many times by the clock."""
     clock = Clock(at.device)
 
-    def run(steps: int) -> tuple[float, float]:
+    def run(steps: int) -> Taken:
+        watched = at.watch.seconds
         clock.start()
         passes = sum(step() for _ in range(steps))
-        return clock.stop(), float(passes)
+        seconds = clock.stop()
+        return Taken(seconds, float(passes), seconds - (at.watch.seconds - watched))
 
     return run
 

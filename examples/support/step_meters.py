@@ -1,8 +1,9 @@
 """What a piece of work costs: seconds, memory, operations, and how often the host waits for a value."""
 
+import contextlib
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import median
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.autograd import DeviceType
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.profiler import ProfilerActivity, profile
 
 READ = "aten::_local_scalar_dense"
@@ -38,6 +40,38 @@ class Clock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+class Stopwatch:
+    """Seconds, by the host's clock, of what it is told to watch: passes, and steps of optimizers.
+
+    Attributes:
+        seconds: of all that has been watched.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Watch what is run inside."""
+        began = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def optimizers(self) -> Iterator[None]:
+        """Watch each step of a torch optimizer in the block, whoever calls it."""
+        inside = contextlib.ExitStack()
+        hooks = [
+            register_optimizer_step_pre_hook(lambda *_: inside.enter_context(self.running())),
+            register_optimizer_step_post_hook(lambda *_: inside.close()),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Text classifiers of several sizes, from a config (a step costs the same whatever the weights are), and a batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+
+from support.step_meters import Stopwatch
 
 SIZES = {
     "tiny": (128, 2, 2),
@@ -39,19 +41,27 @@ def classifier(name: str, lora_r: int = 0) -> nn.Module:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all loops of one measurement share: a model, its batch of random tokens, and where and how they run."""
+    """What all loops of one measurement share: a model, its batch of random tokens, and where and how they run; and
+    the watch that their passes are taken by."""
 
     model: nn.Module
     batch: dict[str, Tensor]
     device: str
     bf16: bool
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     def forward_backward(self, indices: Tensor | slice = slice(None)) -> Tensor:
         """One pass over the samples at `indices`; the loss."""
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-            loss = self.model(**{k: v[indices] for k, v in self.batch.items()}).loss
-        loss.backward()
+        with self.watch.running():
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+                loss = self.model(**{k: v[indices] for k, v in self.batch.items()}).loss
+            loss.backward()
         return loss
+
+    def forward(self, inputs: dict[str, Tensor]) -> None:
+        """A look: no gradient, and nothing of it is kept."""
+        with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.bf16), self.watch.running():
+            self.model(**inputs)
 
     @property
     def trained(self) -> list[nn.Parameter]:

@@ -1,7 +1,7 @@
 """From seconds to a table, a CSV file and a figure: ratios of one round are ratios of the same moment."""
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from scipy.stats import quantile_test
 
 from hf_ssam.plots.canvas import COLORS, canvas, dress, save
-from support.step_loops import LIMIT, PLAIN, Loop
+from support.step_loops import LIMIT, OURS, PLAIN, TRAINER, Loop
 from support.step_meters import Traced
 from support.step_models import Setting
 
@@ -25,11 +25,12 @@ g, write w + e elsewhere (12); read and write ĝ to scale it (8). Where w is wri
 
 @dataclass(frozen=True)
 class Measured:
-    """All rounds of one loop: seconds and passes of a step, shape (rounds,) each, and one traced period."""
+    """All rounds of one loop: what `Taken` has, of a step, shape (rounds,) each; and one traced period."""
 
     loop: Loop
     seconds: np.ndarray
     passes: np.ndarray
+    beside: np.ndarray
     traced: Traced = NOT_TRACED
 
 
@@ -39,7 +40,9 @@ class Row:
 
     `plain` and `limit` are quartiles of the ratios to a plain step and to its passes alone; `limit_from` to `limit_to`
     is the 95 % interval of `limit` as if rounds were independent, NaN for too few of them; `beyond_ms`, `operations`
-    and `reads` are what it takes beyond its passes; `kept_bytes` is what it adds to a checkpoint.
+    and `reads` are what it takes beyond its passes; `beside_ms` is the median of what a watch inside the step finds
+    beside passes and optimizer, whose own times, which vary more, are not in it; `kept_bytes` is what it adds to a
+    checkpoint.
     """
 
     model: str
@@ -64,6 +67,7 @@ class Row:
     limit_from: float
     limit_to: float
     beyond_ms: float
+    beside_ms: float
     bytes_per_parameter: float
     peak_bytes: int
     kept_bytes: int
@@ -120,6 +124,7 @@ def row(found: Mapping[str, Measured], name: str, about: Mapping[str, object], p
         limit_from=float(known.low),
         limit_to=float(known.high),
         beyond_ms=1e3 * beyond,
+        beside_ms=1e3 * float(np.median(own.beside)),
         bytes_per_parameter=beyond * about["copy_gb_per_second"] * 1e9 / about["trained"],
         peak_bytes=own.traced.peak,
         kept_bytes=own.loop.kept(),
@@ -148,9 +153,9 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown, a line for each loop; peak memory and what a checkpoint holds in units of the weights that train."""
     lines = [
         "| loop | passes | of a plain step (quartiles) | of its passes alone (quartiles) "
-        "| 95 % interval of that median | ms beyond its passes | bytes a parameter | peak memory | in a checkpoint "
-        "| operations beyond | host reads beyond |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| 95 % interval of that median | ms beyond its passes | ms beside passes and optimizer | bytes a parameter "
+        "| peak memory | in a checkpoint | operations beyond | host reads beyond |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         weights = 4 * r.trained
@@ -161,27 +166,46 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {r.loop} | {r.passes:.2f} | {r.plain:.2f} ({r.plain_low:.2f}-{r.plain_high:.2f}) "
             f"| {r.limit:.3f} ({r.limit_low:.3f}-{r.limit_high:.3f}) | {known} "
-            f"| {r.beyond_ms:.1f} | {r.bytes_per_parameter:.0f} | {traced} |"
+            f"| {r.beyond_ms:.1f} | {r.beside_ms:.1f} | {r.bytes_per_parameter:.0f} | {traced} |"
         )
     return "\n".join(lines)
 
 
 def report(rows: list[Row], period: int) -> str:
-    """A title, the table, and what an SSAM step's limit is."""
+    """A title, the table, what an SSAM step's limit is, and what our Trainer adds."""
     r = rows[0]
     where = r.device if r.device != "cpu" else f"cpu, {r.threads} thread(s)"
     title = (
         f"\n{r.model}: {r.parameters:,} parameters, of which {r.trained:,} train; batch {r.batch} × {r.length}, "
         f"{r.precision}, {r.rounds} rounds of {period} steps, {where}; a copy moves {r.copy_gb_per_second:.1f} GB/s"
     )
-    floor = 1e3 * SSAM_BYTES * r.trained / (r.copy_gb_per_second * 1e9)
-    ends = [
-        f"{own.loop}: {own.beyond_ms:.1f} ms beyond its passes, of which the limit is {floor:.1f} ms "
-        f"({SSAM_BYTES} bytes a parameter)"
-        for own in rows
-        if own.loop == "ssam"
-    ]
-    return "\n".join([title, table(rows), *ends])
+    return "\n".join([title, table(rows), *_limit(rows), *_trainers(rows)])
+
+
+def _limit(rows: Sequence[Row]) -> Iterator[str]:
+    """What memory alone costs an SSAM step."""
+    for own in (r for r in rows if r.loop == "ssam"):
+        floor = 1e3 * SSAM_BYTES * own.trained / (own.copy_gb_per_second * 1e9)
+        yield (
+            f"ssam: {own.beyond_ms:.1f} ms beyond its passes, of which the limit is {floor:.1f} ms "
+            f"({SSAM_BYTES} bytes a parameter)"
+        )
+
+
+def _trainers(rows: Sequence[Row]) -> Iterator[str]:
+    """What our Trainer adds to what the method adds by itself; on the CPU, where the host's time is all there is."""
+    by_name = {r.loop: r for r in rows if r.device == "cpu"}
+    for own in by_name.values():
+        method = own.loop.removeprefix(OURS)
+        if own.loop == method or method not in by_name:
+            continue
+        stock, alone = by_name[TRAINER], by_name[method].beside_ms - by_name[LIMIT].beside_ms
+        adds = own.beside_ms - stock.beside_ms - alone
+        yield (
+            f"{own.loop}: beside passes and optimizer {own.beside_ms - stock.beside_ms:.1f} ms more than the stock "
+            f"Trainer, of which {alone:.1f} are the method's: {adds:.1f} ms, "
+            f"{100 * adds / stock.milliseconds:.1f} % of the stock Trainer's step, are our Trainer's"
+        )
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:

@@ -5,7 +5,7 @@ import random
 import numpy as np
 from tqdm.auto import tqdm
 
-from support.step_loops import Loop
+from support.step_loops import Loop, Taken
 from support.step_meters import traced
 from support.step_report import NOT_TRACED, Measured
 
@@ -16,7 +16,7 @@ def measured(loops: list[Loop], rounds: int, steps: int, device: str) -> tuple[d
     Raises:
         KeyboardInterrupt: the first round was cut off.
     """
-    taken: list[dict[str, tuple[float, float]]] = []
+    taken: list[dict[str, Taken]] = []
     order, whole = random.Random(0), True
     try:
         for number in tqdm(range(-1, rounds), desc="rounds", leave=False):
@@ -30,7 +30,7 @@ def measured(loops: list[Loop], rounds: int, steps: int, device: str) -> tuple[d
     return {loop.name: collected(loop, taken, steps, device) for loop in loops}, whole
 
 
-def collected(loop: Loop, taken: list[dict[str, tuple[float, float]]], steps: int, device: str) -> Measured:
+def collected(loop: Loop, taken: list[dict[str, Taken]], steps: int, device: str) -> Measured:
     """A loop's rounds, and what one more of them does; a Trainer's setting up would be traced with it, and is not."""
-    seconds, passes = (np.array(values) / steps for values in zip(*(turn[loop.name] for turn in taken), strict=True))
-    return Measured(loop, seconds, passes, traced(lambda: loop.run(steps), device) if loop.traceable else NOT_TRACED)
+    each = (np.array(values) / steps for values in zip(*(turn[loop.name] for turn in taken), strict=True))
+    return Measured(loop, *each, traced(lambda: loop.run(steps), device) if loop.traceable else NOT_TRACED)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import csv
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.optim import SGD, AdamW
 
 import benchmark_step
-from support.step_loops import LIMIT, PLAIN, TRAINER, Loop
+from support import step_meters
+from support.step_loops import LIMIT, PLAIN, TRAINER, Loop, Taken, alone, recorded, timed
 from support.step_meters import copy_bandwidth, traced
-from support.step_report import Measured, Row, least, row, table
+from support.step_models import Setting
+from support.step_report import Measured, Row, least, report, row, table
 from support.step_rounds import measured
 from tests.support.cases import bert
 
@@ -48,12 +53,17 @@ def flags(tmp_path):
 def test_benchmark_compares_every_loop_with_a_plain_step_and_with_its_passes(flags, tmp_path, capsys):
     rows = benchmark_step.main([*flags, "--methods", "ssam", "looksam", "momentum_sam", "esam"])
     passes = {"ssam": 2, "looksam": 1.2, "momentum_sam": 1, "esam": 1.5, "davda54/sam": 2}
-    passes |= {PLAIN: 1, LIMIT: 2, TRAINER: 2, "SSAMTrainer, ssam": 2}
+    passes |= {PLAIN: 1, LIMIT: 2, TRAINER: 2, "SSAMTrainer, ssam": 2, "esam, its passes alone": 1.5}
     by_name = {r.loop: r for r in rows}
     assert {name: by_name[name].passes for name in passes} == pytest.approx(passes)
     for name in (PLAIN, LIMIT, TRAINER):
         assert by_name[name].limit == pytest.approx(1) or name == TRAINER
         assert by_name[name].beyond_ms == pytest.approx(0, abs=1e-9) or name == TRAINER
+    assert by_name["esam, its passes alone"].milliseconds * by_name["esam"].limit == pytest.approx(
+        by_name["esam"].milliseconds
+    ), "of one round: its limit is its own passes, not a share of two bare ones"
+    for name in ("ssam", "SSAMTrainer, ssam", TRAINER):
+        assert 0 < by_name[name].beside_ms < by_name[name].milliseconds
     # AdamW remembers two vectors; davda54's SAM one more, LookSAM one, and Momentum-SAM its momentum.
     kept = {n: r.kept_bytes / (4 * r.trained) for n, r in by_name.items()}
     assert [kept[n] for n in (PLAIN, "ssam", "SSAMTrainer, ssam")] == pytest.approx([2, 2, 2])
@@ -82,15 +92,33 @@ def test_benchmark_refuses_rounds_that_are_no_whole_periods(steps, methods, caps
     assert f"--steps: {steps} steps are not whole periods" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("method", "work"), [("esam", [("pass", 8), ("look", 8), ("pass", 4)]), ("ausam", [("pass", 4), ("pass", 4)])]
+)
+def test_benchmark_repeats_the_passes_and_looks_of_a_method_that_selects_samples(method, work):
+    batch = {"input_ids": torch.arange(40).view(8, 5), "labels": torch.arange(8) % 3}
+    at = Setting(bert().train(), batch, "cpu", bf16=False)
+    replayed, passes = recorded(at, method)
+    assert passes == sum(size for kind, size in work if kind == "pass") / 8
+    assert all(p.grad is None for p in at.trained)
+    seen = []
+    at.model.register_forward_pre_hook(
+        lambda _, args, inputs: seen.append(("pass" if torch.is_grad_enabled() else "look", len(inputs["labels"]))),
+        with_kwargs=True,
+    )
+    alone("", at, AdamW(at.trained, lr=0.0), replayed, passes).run(1)
+    assert seen == work
+
+
 def test_benchmark_that_is_cut_off_keeps_the_rounds_that_are_whole():
     def loop(name: str, ends_at: int | None = None) -> Loop:
         calls = []
 
-        def run(steps: int) -> tuple[float, float]:
+        def run(steps: int) -> Taken:
             calls.append(steps)
             if len(calls) == ends_at:
                 raise KeyboardInterrupt
-            return float(steps), float(steps)
+            return Taken(float(steps), float(steps), 0.0)
 
         return Loop(name, run, lambda: 0, traceable=False)
 
@@ -103,12 +131,56 @@ def test_benchmark_that_is_cut_off_keeps_the_rounds_that_are_whole():
 
 def test_benchmark_bounds_a_step_by_as_many_bare_passes_as_it_takes():
     def of(seconds: list[float], passes: float, baseline: str | None = None) -> Measured:
-        return Measured(Loop("", None, None, baseline), np.array(seconds), np.full(2, passes))
+        return Measured(Loop("", None, None, baseline), np.array(seconds), np.full(2, passes), np.zeros(2))
 
     found = {PLAIN: of([1.0, 2.0], 1), LIMIT: of([1.8, 3.8], 2), TRAINER: of([2.0, 4.0], 2)}
     assert least(found, of([9.0, 9.0], 2)) == pytest.approx([1.8, 3.8])
     assert least(found, of([9.0, 9.0], 1.5)) == pytest.approx([1.4, 2.9])
     assert least(found, of([9.0, 9.0], 2, TRAINER)) == pytest.approx([2.0, 4.0])
+
+
+def test_a_watch_inside_a_step_leaves_out_passes_and_optimizers(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(step_meters, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            now[0] += 3
+            return SimpleNamespace(loss=super().forward(x).sum())
+
+    class Steps(SGD):
+        def step(self):
+            now[0] += 5
+
+    at = Setting(Model(2, 2), {"x": torch.ones(4, 2)}, "cpu", bf16=False)
+    optimizer = Steps(at.trained)
+
+    def step() -> float:
+        at.forward_backward()
+        optimizer.step()
+        now[0] += 2
+        return 1.0
+
+    with at.watch.optimizers():
+        assert timed(step, at)(4) == Taken(seconds=40.0, passes=4.0, beside=8.0)
+    assert timed(step, at)(4).beside == 4 * (5 + 2), "no longer watched"
+
+
+def test_what_our_trainer_adds_is_told_from_what_the_method_adds():
+    beside = {
+        PLAIN: 5.0,
+        LIMIT: 10.0,
+        "ssam": 50.0,
+        TRAINER: 20.0,
+        "SSAMTrainer, ssam": 70.0,
+        "SSAMTrainer, sam": 60.0,
+    }
+    blank = dict.fromkeys((f.name for f in fields(Row)), 1) | {"device": "cpu", "milliseconds": 1000.0}
+    rows = [Row(**blank | {"loop": name, "beside_ms": ms}) for name, ms in beside.items()]
+    assert "50.0 ms more than the stock Trainer, of which 40.0 are the method's: 10.0 ms, 1.0 %" in report(rows, 5)
+    assert "SSAMTrainer, sam:" not in report(rows, 5), "`sam` alone was not measured"
+    on_gpu = [replace(r, device="GPU") for r in rows]
+    assert "more than the stock Trainer" not in report(on_gpu, 5), "the host does not wait for a GPU's passes"
 
 
 @pytest.mark.parametrize(("rounds", "ranks"), [(10, (2, 9)), (25, (8, 18)), (5, None)])
@@ -120,7 +192,9 @@ def test_the_interval_of_a_median_is_between_two_rounds(rounds, ranks):
     ratios = np.random.default_rng(0).permutation(np.arange(1, rounds + 1, dtype=float))
     loops = {name: Loop(name, None, lambda: 0) for name in (PLAIN, LIMIT, "ssam")}
     seconds = {PLAIN: np.ones(rounds), LIMIT: np.ones(rounds), "ssam": ratios}
-    found = {n: Measured(loop, seconds[n], np.full(rounds, 1.0 + (n != PLAIN))) for n, loop in loops.items()}
+    found = {
+        n: Measured(loop, seconds[n], np.full(rounds, 1.0 + (n != PLAIN)), seconds[n]) for n, loop in loops.items()
+    }
     about = dict.fromkeys((f.name for f in fields(Row)[:8]), 1) | {"copy_gb_per_second": 1.0}
     one = row(found, "ssam", about, 1)
     if ranks is None:
