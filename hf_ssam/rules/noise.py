@@ -94,10 +94,13 @@ def thinned(v: Vector, context: StepContext, share: float, seed: int) -> Vector:
 def _drop(t: Tensor, limit: int, generator: torch.Generator) -> Tensor:
     """Put each number of `t` to zero, in place, unless its sixteen random bits spell less than `limit`."""
     flat = in_memory_order(t)
-    for piece in flat.split(CHUNK) if t.device.type in tensors_.HOST else (flat,):
-        words = torch.empty(-(-len(piece) // 4), dtype=torch.int64, device=t.device)
-        bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: len(piece)]
-        piece.mul_(torch.lt(bits, limit - LEVELS // 2, out=torch.empty_like(piece)))
+    pieces = flat.split(CHUNK) if t.device.type in tensors_.HOST else (flat,)
+    words = torch.empty(-(-len(pieces[0]) // 4), dtype=torch.int64, device=t.device)
+    kept = torch.empty_like(pieces[0])
+    for piece in pieces:
+        n = len(piece)
+        bits = words[: -(-n // 4)].random_(-(2**63), None, generator=generator).view(torch.int16)[:n]
+        piece.mul_(torch.lt(bits, limit - LEVELS // 2, out=kept[:n]))
     return t
 
 

@@ -257,7 +257,13 @@ def dots_of(us: Sequence[Tensor], vs: Sequence[Tensor]) -> Tensor:
 
 def _host_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Squares of pieces are summed for all tensors at once; what float32 cannot square is taken once more."""
-    pieces = [list(_pieces(in_memory_order(t))) for t in tensors]
+    is_short = [t.dtype == torch.float64 or t.numel() < PIECE for t in tensors]
+    short = [t for t, whole in zip(tensors, is_short, strict=True) if whole]
+    norms = iter(torch._foreach_norm(short, 2, dtype=torch.float64) if short else ())
+    pieces = [
+        [next(norms)[None]] if whole else list(_pieces(in_memory_order(t)))
+        for t, whole in zip(tensors, is_short, strict=True)
+    ]
     squares = torch.cat([p for of_one in pieces for p in of_one]).double().square()
     lengths = torch.tensor([sum(map(len, of_one)) for of_one in pieces], device="cpu")
     each = torch.segment_reduce(squares, "sum", lengths=lengths).sqrt()
@@ -269,19 +275,12 @@ def _host_norms(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _pieces(flat: Tensor) -> Iterator[Tensor]:
-    """Norms of `PIECE` numbers each, and of what is left over."""
-    if flat.dtype == torch.float64 or len(flat) < PIECE:
-        yield torch.linalg.vector_norm(flat, dtype=torch.float64)[None]
-        return
-    for part in _float32(flat):
+    """Norms of `PIECE` numbers each, and of what is left over; what is not float32 is converted a chunk at a time."""
+    for part in (flat,) if flat.dtype == torch.float32 else (chunk.float() for chunk in flat.split(CHUNK)):
         whole = len(part) // PIECE * PIECE
         yield torch.linalg.vector_norm(part[:whole].view(-1, PIECE), dim=1)
-        yield torch.linalg.vector_norm(part[whole:], dtype=torch.float64)[None]
-
-
-def _float32(flat: Tensor) -> Iterator[Tensor]:
-    """`flat` itself where it is float32, otherwise a piece at a time."""
-    yield from (flat,) if flat.dtype == torch.float32 else (part.float() for part in flat.split(CHUNK))
+        if whole < len(part):
+            yield torch.linalg.vector_norm(part[whole:], dtype=torch.float64)[None]
 
 
 def _dot(u: Tensor, v: Tensor) -> Tensor:

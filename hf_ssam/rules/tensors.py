@@ -134,8 +134,7 @@ def _can_borrow(tensors: list[Tensor]) -> bool:
 
 def in_memory_order(t: Tensor) -> Tensor:
     """`t` as a vector in the order of its memory, without a copy where it has no gaps (transposed, channels last)."""
-    order = sorted(range(t.dim()), key=lambda d: t.stride(d), reverse=True)
-    return t.permute(order).reshape(-1)
+    return (t if t.is_contiguous() else t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))).reshape(-1)
 
 
 def copies(tensors: list[Tensor]) -> list[Tensor]:

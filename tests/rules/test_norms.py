@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_ssam.rules.space import dots_of, norms_of
+from hf_ssam.rules.space import PIECE, dots_of, norms_of
 
 LAYOUTS = {
     "contiguous": lambda t: t,
@@ -30,6 +30,16 @@ def numbers() -> torch.Tensor:
 def test_norm_is_that_of_float64(layout):
     t = LAYOUTS[layout](numbers())
     torch.testing.assert_close(norms_of([t])[0], t.double().norm(), rtol=1e-7, atol=0)
+
+
+def test_norms_of_many_tensors_are_each_ones_own():
+    """Short and long ones, of every precision and layout, in an order that mixes them."""
+    n = numbers()
+    sizes = [n.flatten()[:size] * 10.0**place for place, size in enumerate((1, PIECE, 511, 513, 0, 2 * PIECE - 1))]
+    tensors = [t for pair in zip([change(n) for change in LAYOUTS.values()], 2 * sizes, strict=False) for t in pair]
+    found = norms_of(tensors)
+    assert torch.equal(found, torch.stack([norms_of([t])[0] for t in tensors]))
+    torch.testing.assert_close(found, torch.stack([t.double().norm() for t in tensors]), rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -240,7 +240,8 @@ def test_operations_of_a_micro_batch_are_counted_once_for_all_of_its_passes(part
             counted.append(inputs)
             return super().floating_point_ops(inputs)
 
-    trained(bert(), arguments(optim="ssam", max_steps=3, num_micro_batches=parts), text_data(), cls=Counting)
+    args = arguments(optim="ssam", max_steps=3, ascent_scope="micro_batch", num_micro_batches=parts)
+    trained(bert(), args, text_data(), cls=Counting)
     assert len(counted) == 3 * calls
 
 
