@@ -32,7 +32,7 @@ class Taken(NamedTuple):
     Attributes:
         seconds: by the clock.
         passes: over the batch.
-        beside: of `seconds`, what is neither passes nor the optimizer's; on a GPU, of the host's time.
+        beside: of `seconds`, what is neither passes nor looks nor the optimizer's; on a GPU, of the host's time.
     """
 
     seconds: float
@@ -255,6 +255,7 @@ def training(trainer: WatchedTrainer, at: Setting) -> Callable[[int], Taken]:
     trainer.remove_callback(PrinterCallback)
 
     def run(steps: int) -> Taken:
+        at.unshare()
         trainer.args.max_steps = steps + 1
         trainer.train()
         passes = trainer.state.log_history[-1].get("ssam/total_passes", 2.0 * (steps + 1))
@@ -268,6 +269,7 @@ def timed(step: Callable[[], float], at: Setting) -> Callable[[int], Taken]:
     clock = Clock(at.device)
 
     def run(steps: int) -> Taken:
+        at.unshare()
         watched = at.watch.seconds
         clock.start()
         passes = sum(step() for _ in range(steps))

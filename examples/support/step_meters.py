@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd import DeviceType
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.profiler import ProfilerActivity, profile
@@ -43,7 +44,7 @@ class Clock:
 
 
 class Stopwatch:
-    """Seconds, by the host's clock, of what it is told to watch: passes, and steps of optimizers.
+    """Seconds, by the host's clock, of what it is told to watch: passes, looks, and steps of optimizers.
 
     Attributes:
         seconds: of all that has been watched.
@@ -60,12 +61,16 @@ class Stopwatch:
         self.seconds += time.perf_counter() - began
 
     @contextlib.contextmanager
-    def optimizers(self) -> Iterator[None]:
-        """Watch each step of a torch optimizer in the block, whoever calls it."""
-        inside = contextlib.ExitStack()
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Watch, in the block, steps of torch optimizers, and looks: forwards of `model` without gradient."""
+        steps, looks = contextlib.ExitStack(), contextlib.ExitStack()
         hooks = [
-            register_optimizer_step_pre_hook(lambda *_: inside.enter_context(self.running())),
-            register_optimizer_step_post_hook(lambda *_: inside.close()),
+            register_optimizer_step_pre_hook(lambda *_: steps.enter_context(self.running())),
+            register_optimizer_step_post_hook(lambda *_: steps.close()),
+            model.register_forward_pre_hook(
+                lambda *_: None if torch.is_grad_enabled() else looks.enter_context(self.running())
+            ),
+            model.register_forward_hook(lambda *_: looks.close()),
         ]
         try:
             yield

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
+from hf_ssam.rules.tensors import holders
 from support.step_meters import Stopwatch
 
 SIZES = {
@@ -60,8 +61,18 @@ class Setting:
 
     def forward(self, inputs: dict[str, Tensor]) -> None:
         """A look: no gradient, and nothing of it is kept."""
-        with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.bf16), self.watch.running():
+        with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             self.model(**inputs)
+
+    def unshare(self) -> None:
+        """Give each weight that another tensor looks at memory of its own, as in a run that is one loop's alone.
+
+        The SAM of davda54 and its kin leave their copy in the weight's place and keep hold of it, so that the loop
+        whose turn is next would have to write beside it.
+        """
+        for p in self.trained:
+            if holders(p) > 1:
+                p.data = p.data.clone()
 
     @property
     def trained(self) -> list[nn.Parameter]:

@@ -40,9 +40,9 @@ class Row:
 
     `plain` and `limit` are quartiles of the ratios to a plain step and to its passes alone; `limit_from` to `limit_to`
     is the 95 % interval of `limit` as if rounds were independent, NaN for too few of them; `beyond_ms`, `operations`
-    and `reads` are what it takes beyond its passes; `beside_ms` is the median of what a watch inside the step finds
-    beside passes and optimizer, whose own times, which vary more, are not in it; `kept_bytes` is what it adds to a
-    checkpoint.
+    and `reads` are what it takes beyond its passes. A watch inside the step leaves out passes, looks and optimizer,
+    whose times vary most: `beside_ms` is what it finds, and `watched`, with its interval, is `limit` as it would be if
+    passes and optimizer had taken as long in both. `kept_bytes` is what it adds to a checkpoint.
     """
 
     model: str
@@ -68,6 +68,9 @@ class Row:
     limit_to: float
     beyond_ms: float
     beside_ms: float
+    watched: float
+    watched_from: float
+    watched_to: float
     bytes_per_parameter: float
     peak_bytes: int
     kept_bytes: int
@@ -83,6 +86,16 @@ def least(
         return cost(found[of.loop.baseline])
     plain, two = cost(found[PLAIN]), cost(found[LIMIT])
     return plain + (of.passes - 1) * (two - plain)
+
+
+def interval(ratios: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of their median."""
+    known = quantile_test(ratios, p=0.5).confidence_interval(0.95)
+    return float(known.low), float(known.high)
+
+
+def beside(one: Measured) -> np.ndarray:
+    return one.beside
 
 
 def operations(one: Measured) -> int:
@@ -111,7 +124,7 @@ def row(found: Mapping[str, Measured], name: str, about: Mapping[str, object], p
     bound = least(found, own)
     plain = np.percentile(own.seconds / found[PLAIN].seconds, [25, 50, 75])
     limit = np.percentile(own.seconds / bound, [25, 50, 75])
-    known = quantile_test(own.seconds / bound, p=0.5).confidence_interval(0.95)
+    watched = 1 + (own.beside - least(found, own, beside)) / bound
     beyond = float(np.median(own.seconds - bound))
     return Row(
         **about,
@@ -121,10 +134,11 @@ def row(found: Mapping[str, Measured], name: str, about: Mapping[str, object], p
         milliseconds=1e3 * float(np.median(own.seconds)),
         **dict(zip(("plain_low", "plain", "plain_high"), map(float, plain), strict=True)),
         **dict(zip(("limit_low", "limit", "limit_high"), map(float, limit), strict=True)),
-        limit_from=float(known.low),
-        limit_to=float(known.high),
+        **dict(zip(("limit_from", "limit_to"), interval(own.seconds / bound), strict=True)),
         beyond_ms=1e3 * beyond,
         beside_ms=1e3 * float(np.median(own.beside)),
+        watched=float(np.median(watched)),
+        **dict(zip(("watched_from", "watched_to"), interval(watched), strict=True)),
         bytes_per_parameter=beyond * about["copy_gb_per_second"] * 1e9 / about["trained"],
         peak_bytes=own.traced.peak,
         kept_bytes=own.loop.kept(),
@@ -153,8 +167,8 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown, a line for each loop; peak memory and what a checkpoint holds in units of the weights that train."""
     lines = [
         "| loop | passes | of a plain step (quartiles) | of its passes alone (quartiles) "
-        "| 95 % interval of that median | ms beyond its passes | ms beside passes and optimizer | bytes a parameter "
-        "| peak memory | in a checkpoint | operations beyond | host reads beyond |",
+        "| 95 % interval of that median | the same by a watch inside (95 % interval) | ms beyond its passes "
+        "| bytes a parameter | peak memory | in a checkpoint | operations beyond | host reads beyond |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
@@ -162,13 +176,18 @@ def table(rows: Sequence[Row]) -> str:
         traced = f"{r.peak_bytes / weights:.1f} | {r.kept_bytes / weights:.1f} | {r.operations:.0f} | {r.reads:.1f}"
         if not r.peak_bytes:
             traced = f"– | {r.kept_bytes / weights:.1f} | – | –"
-        known = "–" if np.isnan([r.limit_from, r.limit_to]).any() else f"{r.limit_from:.3f}-{r.limit_to:.3f}"
+        watched = f"{r.watched:.3f} ({span(r.watched_from, r.watched_to)})" if r.device == "cpu" else "–"
         lines.append(
             f"| {r.loop} | {r.passes:.2f} | {r.plain:.2f} ({r.plain_low:.2f}-{r.plain_high:.2f}) "
-            f"| {r.limit:.3f} ({r.limit_low:.3f}-{r.limit_high:.3f}) | {known} "
-            f"| {r.beyond_ms:.1f} | {r.beside_ms:.1f} | {r.bytes_per_parameter:.0f} | {traced} |"
+            f"| {r.limit:.3f} ({r.limit_low:.3f}-{r.limit_high:.3f}) | {span(r.limit_from, r.limit_to)} "
+            f"| {watched} | {r.beyond_ms:.1f} | {r.bytes_per_parameter:.0f} | {traced} |"
         )
     return "\n".join(lines)
+
+
+def span(low: float, high: float) -> str:
+    """An interval; a dash where too few rounds tell of none."""
+    return "–" if np.isnan([low, high]).any() else f"{low:.3f}-{high:.3f}"
 
 
 def report(rows: list[Row], period: int) -> str:

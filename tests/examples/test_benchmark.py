@@ -139,7 +139,31 @@ def test_benchmark_bounds_a_step_by_as_many_bare_passes_as_it_takes():
     assert least(found, of([9.0, 9.0], 2, TRAINER)) == pytest.approx([2.0, 4.0])
 
 
-def test_a_watch_inside_a_step_leaves_out_passes_and_optimizers(monkeypatch):
+def test_a_watched_ratio_is_what_is_beside_the_passes_over_their_time():
+    """The passes of the step take twice as long as its bare ones by chance; the watch does not see them."""
+
+    def of(name: str, seconds: float, beside: float) -> Measured:
+        passes = np.full(3, 1.0 if name == PLAIN else 2.0)
+        return Measured(Loop(name, None, lambda: 0), np.full(3, seconds), passes, np.full(3, beside))
+
+    found = {m.loop.name: m for m in (of(PLAIN, 1.0, 0.01), of(LIMIT, 2.0, 0.02), of("ssam", 4.0, 0.12))}
+    about = dict.fromkeys((f.name for f in fields(Row)[:8]), 1) | {"copy_gb_per_second": 1.0}
+    one = row(found, "ssam", about, 1)
+    assert (one.limit, one.watched, one.beside_ms) == pytest.approx((2.0, 1.05, 120.0))
+    assert "| 1.050 (–) |" in table([replace(one, device="cpu")])
+    assert "1.050" not in table([replace(one, device="GPU")])
+
+
+def test_weights_that_a_loop_has_left_shared_get_memory_of_their_own():
+    at = Setting(nn.Linear(3, 3), {}, "cpu", bf16=False)
+    kept, values = at.model.weight.data, at.model.weight.detach().clone()
+    alone = at.model.bias.data_ptr()
+    at.unshare()
+    assert at.model.weight.data_ptr() != kept.data_ptr() and at.model.bias.data_ptr() == alone
+    assert torch.equal(at.model.weight, values)
+
+
+def test_a_watch_inside_a_step_leaves_out_passes_looks_and_optimizers(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(step_meters, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
@@ -159,11 +183,12 @@ def test_a_watch_inside_a_step_leaves_out_passes_and_optimizers(monkeypatch):
         at.forward_backward()
         optimizer.step()
         now[0] += 2
+        at.forward(at.batch)
         return 1.0
 
-    with at.watch.optimizers():
-        assert timed(step, at)(4) == Taken(seconds=40.0, passes=4.0, beside=8.0)
-    assert timed(step, at)(4).beside == 4 * (5 + 2), "no longer watched"
+    with at.watch.watching(at.model):
+        assert timed(step, at)(4) == Taken(seconds=4 * (3 + 5 + 2 + 3.0), passes=4.0, beside=4 * 2.0)
+    assert timed(step, at)(4).beside == 4 * (5 + 2 + 3), "no longer watched"
 
 
 def test_what_our_trainer_adds_is_told_from_what_the_method_adds():
