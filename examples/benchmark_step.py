@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             set_seed(0)
             at = setting(name, shape, flags.device, flags.bf16, flags.lora_r)
             with at.watch.watching(at.model):
-                found, whole = measured(loops(at, flags), flags.rounds, flags.steps, flags.device)
+                found, whole = measured(loops(at, flags), flags.rounds, flags.steps, at)
             about = description(name, at, flags.device, "bfloat16 autocast" if flags.bf16 else "float32", bandwidth)
             here = [row(found, loop, about, flags.steps) for loop in found]
             rows += here
@@ -107,7 +107,7 @@ def loops(at: Setting, flags: argparse.Namespace) -> list[Loop]:
     found += [loop for method in flags.methods for loop in ours(at, optimizer, method, flags.offload_snapshot)]
     found += peers(at, flags.peer_path, flags.official_path)
     if flags.trainer_methods:
-        found += [stock_trainer(at), *(our_trainer(at, method) for method in flags.trainer_methods)]
+        found += [stock_trainer(at), *(our_trainer(at, m, flags.offload_snapshot) for m in flags.trainer_methods)]
     return [replace(loop, traceable=loop.traceable and not flags.time_only) for loop in found]
 
 

@@ -4,6 +4,7 @@ All train the same model on the same batch at learning rate 0, so that they may 
 """
 
 import importlib.util
+import math
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -32,7 +33,8 @@ class Taken(NamedTuple):
     Attributes:
         seconds: by the clock.
         passes: over the batch.
-        beside: of `seconds`, what is neither passes nor looks nor the optimizer's; on a GPU, of the host's time.
+        beside: of `seconds`, what is neither passes nor looks nor the optimizer's; NaN on a GPU, for which the host
+            does not wait.
     """
 
     seconds: float
@@ -65,7 +67,7 @@ def bare(at: Setting, optimizer: Optimizer, passes: int) -> Loop:
 
 
 def alone(name: str, at: Setting, optimizer: Optimizer, work: list[Callable[[], object]], passes: float) -> Loop:
-    """The optimizer's step, and before it what a step runs, one after the other with nothing between."""
+    """What a step runs, one after the other, then the optimizer's step; between them gradients are dropped."""
 
     def step() -> float:
         for run in work:
@@ -79,7 +81,7 @@ def alone(name: str, at: Setting, optimizer: Optimizer, work: list[Callable[[], 
 
 
 def ours(at: Setting, optimizer: Optimizer, method: str, offload_snapshot: bool = False) -> list[Loop]:
-    """`TwoPass` with the method's defaults; before it the passes of one that runs them on some of the samples.
+    """`TwoPass` with the method's defaults, and, for a method that selects samples, its passes alone as its limit.
 
     Half of a batch costs more than half of a pass, and a forward without gradient more than a third of one.
     """
@@ -98,8 +100,9 @@ def ours(at: Setting, optimizer: Optimizer, method: str, offload_snapshot: bool 
     loop = Loop(method, timed(step, at), kept)
     if METHODS[method].build().selection is None:
         return [loop]
-    limit = alone(f"{method}, its passes alone", at, optimizer, *recorded(at, method))
-    return [limit, replace(loop, baseline=limit.name)]
+    limit = f"{method}, its passes alone"
+    passes = alone(limit, at, optimizer, *recorded(at, method))
+    return [replace(one, baseline=limit) for one in (passes, loop)]
 
 
 def engine(at: Setting, method: str, offload_snapshot: bool = False) -> TwoPass:
@@ -122,9 +125,8 @@ def recorded(at: Setting, method: str) -> tuple[list[Callable[[], object]], floa
         if not torch.is_grad_enabled():
             work.append(partial(at.forward, inputs))
 
-    hook = at.model.register_forward_pre_hook(look, with_kwargs=True)
-    report = engine(at, method).step(run_pass, samples=torch.arange(len(at.batch["labels"]), device=at.device))
-    hook.remove()
+    with at.model.register_forward_pre_hook(look, with_kwargs=True):
+        report = engine(at, method).step(run_pass, samples=torch.arange(len(at.batch["labels"]), device=at.device))
     at.model.zero_grad()
     return work, report.passes
 
@@ -220,9 +222,10 @@ def stock_trainer(at: Setting) -> Loop:
     return Loop(TRAINER, training(trainer, at), kept, traceable=False)
 
 
-def our_trainer(at: Setting, method: str) -> Loop:
+def our_trainer(at: Setting, method: str, offload_snapshot: bool = False) -> Loop:
     """`SSAMTrainer` over the same."""
-    args = SSAMTrainingArguments(optim=method, base_optim="adamw_torch", **trainer_arguments(at))
+    own = {"optim": method, "base_optim": "adamw_torch", "offload_snapshot": offload_snapshot}
+    args = SSAMTrainingArguments(**own, **trainer_arguments(at))
     trainer = OurTrainer(args=args, **data(at))
 
     def kept() -> int:
@@ -255,11 +258,10 @@ def training(trainer: WatchedTrainer, at: Setting) -> Callable[[int], Taken]:
     trainer.remove_callback(PrinterCallback)
 
     def run(steps: int) -> Taken:
-        at.unshare()
         trainer.args.max_steps = steps + 1
         trainer.train()
         passes = trainer.state.log_history[-1].get("ssam/total_passes", 2.0 * (steps + 1))
-        return Taken(timer.seconds, passes * steps / (steps + 1), timer.seconds - timer.watched)
+        return Taken(timer.seconds, passes * steps / (steps + 1), beside(at, timer.seconds, timer.watched))
 
     return run
 
@@ -269,14 +271,18 @@ def timed(step: Callable[[], float], at: Setting) -> Callable[[int], Taken]:
     clock = Clock(at.device)
 
     def run(steps: int) -> Taken:
-        at.unshare()
         watched = at.watch.seconds
         clock.start()
         passes = sum(step() for _ in range(steps))
         seconds = clock.stop()
-        return Taken(seconds, float(passes), seconds - (at.watch.seconds - watched))
+        return Taken(seconds, float(passes), beside(at, seconds, at.watch.seconds - watched))
 
     return run
+
+
+def beside(at: Setting, seconds: float, watched: float) -> float:
+    """See `Taken`."""
+    return seconds - watched if at.device == "cpu" else math.nan
 
 
 def nbytes(state: Any) -> int:

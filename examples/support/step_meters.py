@@ -47,30 +47,41 @@ class Stopwatch:
     """Seconds, by the host's clock, of what it is told to watch: passes, looks, and steps of optimizers.
 
     Attributes:
-        seconds: of all that has been watched.
+        seconds: of all that has been watched; what is watched inside of something else counts once.
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds, self._runs = 0.0, False
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Watch what is run inside."""
-        began = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - began
+        began = None if self._runs else time.perf_counter()
+        self._runs = True
+        try:
+            yield
+        finally:
+            if began is not None:
+                self.seconds += time.perf_counter() - began
+                self._runs = False
 
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Watch, in the block, steps of torch optimizers, and looks: forwards of `model` without gradient."""
-        steps, looks = contextlib.ExitStack(), contextlib.ExitStack()
+        entered: list[contextlib.AbstractContextManager] = []
+
+        def begin(*_: Any) -> None:
+            entered.append(self.running())
+            entered[-1].__enter__()
+
+        def end(*_: Any) -> None:
+            entered.pop().__exit__(None, None, None)
+
         hooks = [
-            register_optimizer_step_pre_hook(lambda *_: steps.enter_context(self.running())),
-            register_optimizer_step_post_hook(lambda *_: steps.close()),
-            model.register_forward_pre_hook(
-                lambda *_: None if torch.is_grad_enabled() else looks.enter_context(self.running())
-            ),
-            model.register_forward_hook(lambda *_: looks.close()),
+            register_optimizer_step_pre_hook(begin),
+            register_optimizer_step_post_hook(end),
+            model.register_forward_pre_hook(lambda *_: None if torch.is_grad_enabled() else begin()),
+            model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else end(), always_call=True),
         ]
         try:
             yield

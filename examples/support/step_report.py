@@ -42,7 +42,9 @@ class Row:
     is the 95 % interval of `limit` as if rounds were independent, NaN for too few of them; `beyond_ms`, `operations`
     and `reads` are what it takes beyond its passes. A watch inside the step leaves out passes, looks and optimizer,
     whose times vary most: `beside_ms` is what it finds, and `watched`, with its interval, is `limit` as it would be if
-    passes and optimizer had taken as long in both. `kept_bytes` is what it adds to a checkpoint.
+    passes and optimizer had taken as long in both; what a method makes its passes cost is in `limit` alone. They are
+    NaN on a GPU, and `watched` where the loop that it is compared with takes other passes. `kept_bytes` is what it
+    adds to a checkpoint.
     """
 
     model: str
@@ -88,8 +90,17 @@ def least(
     return plain + (of.passes - 1) * (two - plain)
 
 
+def watched_ratios(found: Mapping[str, Measured], own: Measured) -> np.ndarray:
+    """Round by round, what the time of a step is of its least one, if both have passes and optimizer of the latter."""
+    base = found.get(own.loop.baseline, own)
+    same = 1.0 if np.allclose(base.passes, own.passes) else np.nan
+    return same + (own.beside - least(found, own, beside)) / least(found, own)
+
+
 def interval(ratios: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of their median."""
+    """The 95 % interval of their median; NaN where that is."""
+    if np.isnan(ratios).any():
+        return np.nan, np.nan
     known = quantile_test(ratios, p=0.5).confidence_interval(0.95)
     return float(known.low), float(known.high)
 
@@ -124,7 +135,7 @@ def row(found: Mapping[str, Measured], name: str, about: Mapping[str, object], p
     bound = least(found, own)
     plain = np.percentile(own.seconds / found[PLAIN].seconds, [25, 50, 75])
     limit = np.percentile(own.seconds / bound, [25, 50, 75])
-    watched = 1 + (own.beside - least(found, own, beside)) / bound
+    watched = watched_ratios(found, own)
     beyond = float(np.median(own.seconds - bound))
     return Row(
         **about,
@@ -176,7 +187,7 @@ def table(rows: Sequence[Row]) -> str:
         traced = f"{r.peak_bytes / weights:.1f} | {r.kept_bytes / weights:.1f} | {r.operations:.0f} | {r.reads:.1f}"
         if not r.peak_bytes:
             traced = f"– | {r.kept_bytes / weights:.1f} | – | –"
-        watched = f"{r.watched:.3f} ({span(r.watched_from, r.watched_to)})" if r.device == "cpu" else "–"
+        watched = "–" if np.isnan(r.watched) else f"{r.watched:.3f} ({span(r.watched_from, r.watched_to)})"
         lines.append(
             f"| {r.loop} | {r.passes:.2f} | {r.plain:.2f} ({r.plain_low:.2f}-{r.plain_high:.2f}) "
             f"| {r.limit:.3f} ({r.limit_low:.3f}-{r.limit_high:.3f}) | {span(r.limit_from, r.limit_to)} "
@@ -212,8 +223,8 @@ def _limit(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _trainers(rows: Sequence[Row]) -> Iterator[str]:
-    """What our Trainer adds to what the method adds by itself; on the CPU, where the host's time is all there is."""
-    by_name = {r.loop: r for r in rows if r.device == "cpu"}
+    """What our Trainer adds to what the method adds by itself; on a GPU the watch tells nothing."""
+    by_name = {r.loop: r for r in rows if not np.isnan(r.beside_ms)}
     for own in by_name.values():
         method = own.loop.removeprefix(OURS)
         if own.loop == method or method not in by_name:

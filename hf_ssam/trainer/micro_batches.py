@@ -60,8 +60,7 @@ class MicroBatch:
 
     @cached_property
     def flos(self) -> float:
-        """Floating point operations of a pass over all of its samples, as the parent counts them: over every module,
-        so once is enough."""
+        """Floating point operations of a pass over all of its samples; each count walks over every module."""
         return float(self.trainer.floating_point_ops(self.inputs))
 
     def __call__(self, indices: Tensor | None = None) -> Tensor:
@@ -73,12 +72,11 @@ class MicroBatch:
         """
         self.passes += 1
         inputs = self.inputs if self.unwritten is None else _cloned(self.unwritten)
-        num_items, flos = self.num_items, self.flos
+        num_items, part = self.num_items, None
         if indices is not None:
-            inputs = part_of(inputs, indices)
-            num_items = self.trainer.recounted(num_items, self.inputs, inputs)
-            flos = float(self.trainer.floating_point_ops(inputs))
-        with self.trainer.synchronized(self.model, self.last), self._uncounted(flos), self._weighted():
+            inputs = part = part_of(inputs, indices)
+            num_items = self.trainer.recounted(num_items, self.inputs, part)
+        with self.trainer.synchronized(self.model, self.last), self._uncounted(part), self._weighted():
             if indices is not None:
                 return self.step(self.model, {**inputs}, num_items)
             with self._unwritten_kept(), self._compared():
@@ -109,15 +107,18 @@ class MicroBatch:
             refuse_other_samples(type(self.trainer))
 
     @contextlib.contextmanager
-    def _uncounted(self, flos: float) -> Iterator[None]:
-        """The parent counts the floating point operations of one pass over all of its inputs; we count the rest."""
-        if self.passes == 1:
+    def _uncounted(self, part: dict[str, Any] | None) -> Iterator[None]:
+        """The parent counts the floating point operations of one pass over all of its inputs; we count the rest.
+
+        Args:
+            part: the inputs that the pass runs on, where these are not all of its own.
+        """
+        is_first = self.passes == 1
+        with contextlib.nullcontext() if is_first else self.trainer.host_counters_kept():
             yield
-            self.trainer.current_flos += flos - self.flos
-            return
-        with self.trainer.host_counters_kept():
-            yield
-        self.trainer.current_flos += flos
+        if part is not None or not is_first:
+            flos = self.flos if part is None else float(self.trainer.floating_point_ops(part))
+            self.trainer.current_flos += flos - (self.flos if is_first else 0.0)
 
     @contextlib.contextmanager
     def _weighted(self) -> Iterator[None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
+import time
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -15,8 +17,8 @@ from torch.optim import SGD, AdamW
 
 import benchmark_step
 from support import step_meters
-from support.step_loops import LIMIT, PLAIN, TRAINER, Loop, Taken, alone, recorded, timed
-from support.step_meters import copy_bandwidth, traced
+from support.step_loops import LIMIT, PLAIN, TRAINER, Loop, Taken, alone, our_trainer, recorded, timed
+from support.step_meters import Stopwatch, copy_bandwidth, traced
 from support.step_models import Setting
 from support.step_report import Measured, Row, least, report, row, table
 from support.step_rounds import measured
@@ -122,11 +124,12 @@ def test_benchmark_that_is_cut_off_keeps_the_rounds_that_are_whole():
 
         return Loop(name, run, lambda: 0, traceable=False)
 
-    found, whole = measured([loop("a"), loop("b", ends_at=4)], 9, 5, "cpu")
+    at = Setting(nn.Linear(1, 1), {}, "cpu", bf16=False)
+    found, whole = measured([loop("a"), loop("b", ends_at=4)], 9, 5, at)
     assert not whole
     assert [len(m.seconds) for m in found.values()] == [2, 2], "a warm-up, two rounds, and a third that was cut off"
     with pytest.raises(KeyboardInterrupt):
-        measured([loop("a", ends_at=2)], 9, 5, "cpu")
+        measured([loop("a", ends_at=2)], 9, 5, at)
 
 
 def test_benchmark_bounds_a_step_by_as_many_bare_passes_as_it_takes():
@@ -150,8 +153,27 @@ def test_a_watched_ratio_is_what_is_beside_the_passes_over_their_time():
     about = dict.fromkeys((f.name for f in fields(Row)[:8]), 1) | {"copy_gb_per_second": 1.0}
     one = row(found, "ssam", about, 1)
     assert (one.limit, one.watched, one.beside_ms) == pytest.approx((2.0, 1.05, 120.0))
-    assert "| 1.050 (–) |" in table([replace(one, device="cpu")])
-    assert "1.050" not in table([replace(one, device="GPU")])
+    assert "| 1.050 (–) |" in table([one])
+    found |= {"half": Measured(Loop("half", None, lambda: 0, LIMIT), np.full(3, 2.0), np.ones(3), np.full(3, 0.12))}
+    assert np.isnan(row(found, "half", about, 1).watched), "what it is compared with takes other passes"
+    found["ssam"] = of("ssam", 4.0, math.nan)
+    assert np.isnan(row(found, "ssam", about, 1).watched) and "nan" not in table([row(found, "ssam", about, 1)])
+
+
+def test_a_loop_that_is_counted_after_one_that_shares_weights_pays_nothing_for_it():
+    at = Setting(nn.Linear(64, 64), {"input": torch.ones(1, 64)}, "cpu", bf16=False)
+    kept = []
+
+    def run(steps: int) -> Taken:
+        at.model(**at.batch)
+        return Taken(1.0, 1.0, 0.0)
+
+    def sharing(steps: int) -> Taken:
+        kept.append([p.data for p in at.trained])
+        return Taken(1.0, 1.0, 0.0)
+
+    found, _ = measured([Loop("shares", sharing, lambda: 0, traceable=False), Loop("a", run, lambda: 0)], 1, 1, at)
+    assert found["a"].traced == traced(lambda: run(1), "cpu")
 
 
 def test_weights_that_a_loop_has_left_shared_get_memory_of_their_own():
@@ -191,6 +213,35 @@ def test_a_watch_inside_a_step_leaves_out_passes_looks_and_optimizers(monkeypatc
     assert timed(step, at)(4).beside == 4 * (5 + 2 + 3), "no longer watched"
 
 
+@pytest.mark.parametrize(("method", "entries"), [("ssam", 3), ("esam", 4)])
+def test_a_trainers_passes_looks_and_optimizer_are_each_watched_once(method, entries):
+    """Accelerate wraps the optimizer: that is one step of it, not two."""
+
+    class Counted(Stopwatch):
+        times = 0
+
+        @contextlib.contextmanager
+        def running(self):
+            self.times += not self._runs
+            with super().running():
+                yield
+
+    batch = {"input_ids": torch.arange(40).view(8, 5), "labels": torch.arange(8) % 3}
+    at = Setting(bert().train(), batch, "cpu", bf16=False, watch=Counted())
+    with at.watch.watching(at.model):
+        taken = our_trainer(at, method).run(2)
+    assert at.watch.times == 3 * entries, "of three steps, of which two are timed"
+    assert 0 < taken.beside < taken.seconds
+
+
+def test_what_is_watched_inside_of_something_else_counts_once():
+    watch = Stopwatch()
+    began = time.perf_counter()
+    with watch.running(), watch.running():
+        time.sleep(0.01)
+    assert 0.01 <= watch.seconds <= time.perf_counter() - began
+
+
 def test_what_our_trainer_adds_is_told_from_what_the_method_adds():
     beside = {
         PLAIN: 5.0,
@@ -204,7 +255,7 @@ def test_what_our_trainer_adds_is_told_from_what_the_method_adds():
     rows = [Row(**blank | {"loop": name, "beside_ms": ms}) for name, ms in beside.items()]
     assert "50.0 ms more than the stock Trainer, of which 40.0 are the method's: 10.0 ms, 1.0 %" in report(rows, 5)
     assert "SSAMTrainer, sam:" not in report(rows, 5), "`sam` alone was not measured"
-    on_gpu = [replace(r, device="GPU") for r in rows]
+    on_gpu = [replace(r, beside_ms=math.nan) for r in rows]
     assert "more than the stock Trainer" not in report(on_gpu, 5), "the host does not wait for a GPU's passes"
 
 

@@ -91,6 +91,7 @@ RULES = (
     Mutation("rules/tensors.py", "the host asks a device whether a factor is one", "if isinstance(own, Tensor) or isinstance(factor", "if isinstance(factor", ("tests/engine/test_precision.py::test_the_engine_reads_no_value_back",)),
     Mutation("rules/space.py", "a norm lacks what is left over by whole pieces", "vector_norm(part[whole:]", "vector_norm(part[:0]", NORMS),
     Mutation("rules/space.py", "short tensors get each other's norms", "torch._foreach_norm(short, 2,", "torch._foreach_norm(short[::-1], 2,", NORMS),
+    Mutation("rules/noise.py", "every piece of a tensor gets the same mask", "random_(-(2**63), None, generator=generator).view(torch.int16)", "random_(-(2**63), None, generator=torch.Generator(t.device)).view(torch.int16)", NOISE),
     Mutation("rules/space.py", "norms of squares that float32 cannot hold", "~((each > SAFE[0]) & (each < SAFE[1]))", "each != each", NORMS),
     Mutation("rules/space.py", "gradients that later micro-batches lack are lost", "self.params[name].grad = earlier[name]", "pass", SHARES),
     Mutation("rules/space.py", "a gradient written beside the one that is there", "torch._foreach_copy_([present[n] for n in moved], [tensors[n] for n in moved])", "pass", VECTORS + DESCENT),
@@ -182,8 +183,8 @@ ENGINE = (
 )
 
 TRAINER = (
-    Mutation("trainer/micro_batches.py", "each pass counts its operations anew", "num_items, flos = self.num_items, self.flos", "num_items, flos = self.num_items, float(self.trainer.floating_point_ops(self.inputs))", ("tests/trainer/test_trainer_features.py::test_operations_of_a_micro_batch_are_counted_once_for_all_of_its_passes",)),
-    Mutation("trainer/micro_batches.py", "a second pass is not counted as computation", "        self.trainer.current_flos += flos\n", "", ("tests/trainer/test_trainer_features.py::test_total_flos_count_every_pass",)),
+    Mutation("trainer/micro_batches.py", "each pass counts its operations anew", "flos = self.flos if part is None else", "flos = float(self.trainer.floating_point_ops(self.inputs)) if part is None else", ("tests/trainer/test_trainer_features.py::test_operations_of_a_micro_batch_are_counted_once_for_all_of_its_passes",)),
+    Mutation("trainer/micro_batches.py", "a second pass is not counted as computation", "self.trainer.current_flos += flos -", "self.trainer.current_flos -=", ("tests/trainer/test_trainer_features.py::test_total_flos_count_every_pass",)),
     Mutation("trainer/loss_counts.py", "a micro-batch's share is that of its samples", "return labels.ne(IGNORED).sum() * ranks / num_items", "return run.weight / self.current_gradient_accumulation_steps", SHARES),
     Mutation("trainer/loss_counts.py", "a part counts for its own labels alone", "num_items * count_labels(model, part) / count_labels(model, whole)", "num_items", SHARES),
     Mutation("trainer/schedules.py", "steps count from the run's first", "(step - start) % interval == 0", "step % interval == 0", SCHEDULES),

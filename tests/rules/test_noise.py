@@ -11,8 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_ssam import TwoPass
 from hf_ssam.engine.parameters import trainable, transposed_names
+from hf_ssam.rules import tensors
 from hf_ssam.rules.context import StepContext
-from hf_ssam.rules.noise import LEVELS, POINTS, filterwise, normal, normal_
+from hf_ssam.rules.noise import LEVELS, POINTS, filterwise, normal, normal_, thinned
 from hf_ssam.rules.rows import row_length, row_norms
 from hf_ssam.rules.space import CHUNK, ParameterSpace
 from tests.engine.test_two_pass import backward_of, loss_of, regression
@@ -151,6 +152,20 @@ def test_pieces_of_a_large_tensor_and_neighbours_in_it_are_drawn_apart():
     for lag in (1, 2, 3, 4, 8):
         assert abs((drawn[lag:] * drawn[:-lag]).mean()) < 5 / math.sqrt(3 * n)
     assert all(abs((pieces[i] * pieces[j]).mean()) < 5 / math.sqrt(n) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.parametrize("left_over", [0, 1, 6])
+def test_a_mask_that_is_drawn_in_pieces_is_the_one_that_is_drawn_at_once(left_over: int, monkeypatch):
+    ones = {"w": torch.ones(3 * CHUNK + left_over)}
+    context = at_step(ParameterSpace({"w": nn.Parameter(ones["w"])}), 2)
+    drawn = thinned(ones, context, 0.25, seed=7)["w"]
+    pieces = (drawn[: 3 * CHUNK].view(3, CHUNK) > 0).double()
+    spread = math.sqrt(3 / CHUNK)  # of the share of a piece that is kept, in units of the share
+    assert (pieces.mean(1) / 0.25 - 1).abs().max() < 5 * spread and set(drawn.unique().tolist()) == {0.0, 4.0}
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert abs((pieces[i] * pieces[j]).mean() - 0.25**2) < 5 * 0.25 / math.sqrt(CHUNK), "drawn apart"
+    monkeypatch.setattr(tensors, "HOST", frozenset())  # an accelerator draws all of a tensor at once
+    assert torch.equal(drawn, thinned(ones, context, 0.25, seed=7)["w"])
 
 
 def test_random_perturbation_shows_every_micro_batch_of_a_step_the_same_noise():

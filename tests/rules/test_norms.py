@@ -34,9 +34,11 @@ def test_norm_is_that_of_float64(layout):
 
 def test_norms_of_many_tensors_are_each_ones_own():
     """Short and long ones, of every precision and layout, in an order that mixes them."""
-    n = numbers()
+    n, few = numbers(), numbers()[:20, :15]
+    layouts = [change(n) for change in LAYOUTS.values()]
+    layouts += [few.bfloat16(), few.half(), few.double(), few[::2, ::3], few.T, few * 1e30, few * 1e-30]
     sizes = [n.flatten()[:size] * 10.0**place for place, size in enumerate((1, PIECE, 511, 513, 0, 2 * PIECE - 1))]
-    tensors = [t for pair in zip([change(n) for change in LAYOUTS.values()], 2 * sizes, strict=False) for t in pair]
+    tensors = [t for pair in zip(layouts, 3 * sizes, strict=False) for t in pair]
     found = norms_of(tensors)
     assert torch.equal(found, torch.stack([norms_of([t])[0] for t in tensors]))
     torch.testing.assert_close(found, torch.stack([t.double().norm() for t in tensors]), rtol=1e-7, atol=0)

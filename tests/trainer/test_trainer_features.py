@@ -230,9 +230,9 @@ def test_total_flos_count_every_pass(case: Case):
     assert ours.state.num_input_tokens_seen == stock.state.num_input_tokens_seen
 
 
-@pytest.mark.parametrize(("parts", "calls"), [(1, 2), (2, 4)])
-def test_operations_of_a_micro_batch_are_counted_once_for_all_of_its_passes(parts: int, calls: int):
-    """Each count walks over every module. The parent counts once, we once a micro-batch and once a part of it."""
+@pytest.mark.parametrize(("rho", "parts", "calls"), [(0.05, 1, 2), (0.05, 2, 4), (0.0, 4, 2)])
+def test_operations_of_a_micro_batch_are_counted_once_for_all_of_its_passes(rho: float, parts: int, calls: int):
+    """Each count walks over every module. The parent counts once, we once, and once a part that has a second pass."""
     counted = []
 
     class Counting(SSAMTrainer):
@@ -240,7 +240,7 @@ def test_operations_of_a_micro_batch_are_counted_once_for_all_of_its_passes(part
             counted.append(inputs)
             return super().floating_point_ops(inputs)
 
-    args = arguments(optim="ssam", max_steps=3, ascent_scope="micro_batch", num_micro_batches=parts)
+    args = arguments(optim="ssam", rho=rho, max_steps=3, ascent_scope="micro_batch", num_micro_batches=parts)
     trained(bert(), args, text_data(), cls=Counting)
     assert len(counted) == 3 * calls
 
