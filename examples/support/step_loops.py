@@ -83,7 +83,7 @@ def alone(name: str, at: Setting, optimizer: Optimizer, work: list[Callable[[], 
 def ours(at: Setting, optimizer: Optimizer, method: str, offload_snapshot: bool = False) -> list[Loop]:
     """`TwoPass` with the method's defaults, and, for a method that selects samples, its passes alone as its limit.
 
-    Half of a batch costs more than half of a pass, and a forward without gradient more than a third of one.
+    Half of a batch may cost more than half of a pass, and a forward without gradient more than a third of one.
     """
     two_pass = engine(at, method, offload_snapshot)
     samples = torch.arange(len(at.batch["labels"]), device=at.device)

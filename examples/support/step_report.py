@@ -213,11 +213,14 @@ def report(rows: list[Row], period: int) -> str:
 
 
 def _limit(rows: Sequence[Row]) -> Iterator[str]:
-    """What memory alone costs an SSAM step."""
+    """What an SSAM step takes beyond its passes, by the watch where it tells, and what memory alone costs of it."""
+    by_name = {r.loop: r for r in rows}
     for own in (r for r in rows if r.loop == "ssam"):
+        watched = own.beside_ms - by_name[LIMIT].beside_ms
+        beyond = own.beyond_ms if np.isnan(watched) else watched
         floor = 1e3 * SSAM_BYTES * own.trained / (own.copy_gb_per_second * 1e9)
         yield (
-            f"ssam: {own.beyond_ms:.1f} ms beyond its passes, of which the limit is {floor:.1f} ms "
+            f"ssam: {beyond:.1f} ms beyond its passes, of which the limit is {floor:.1f} ms "
             f"({SSAM_BYTES} bytes a parameter)"
         )
 
@@ -229,11 +232,11 @@ def _trainers(rows: Sequence[Row]) -> Iterator[str]:
         method = own.loop.removeprefix(OURS)
         if own.loop == method or method not in by_name:
             continue
-        stock, alone = by_name[TRAINER], by_name[method].beside_ms - by_name[LIMIT].beside_ms
-        adds = own.beside_ms - stock.beside_ms - alone
+        stock, of_method = by_name[TRAINER], by_name[method].beside_ms - by_name[LIMIT].beside_ms
+        adds = own.beside_ms - stock.beside_ms - of_method
         yield (
             f"{own.loop}: beside passes and optimizer {own.beside_ms - stock.beside_ms:.1f} ms more than the stock "
-            f"Trainer, of which {alone:.1f} are the method's: {adds:.1f} ms, "
+            f"Trainer, of which {of_method:.1f} are the method's: {adds:.1f} ms, "
             f"{100 * adds / stock.milliseconds:.1f} % of the stock Trainer's step, are our Trainer's"
         )
 

@@ -460,6 +460,15 @@ def test_a_split_batch_is_msam(task):
     assert split.state.total_flos == pytest.approx(accumulated.state.total_flos)
 
 
+@pytest.mark.parametrize("case", SELECTS, ids=lambda case: case.id)
+def test_operations_on_some_samples_of_a_split_batch_are_those_of_its_parts(case: Case):
+    given = {"ascent_scope": "micro_batch", "max_steps": 3}
+    parts = {"per_device_train_batch_size": 4, "num_micro_batches": 2}
+    steps = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    split, accumulated = (trained(bert(), case_arguments(case, **how, **given), text_data()) for how in (parts, steps))
+    assert split.state.total_flos == pytest.approx(accumulated.state.total_flos)
+
+
 def test_uneven_parts_weigh_by_their_samples():
     """Unnormalised ascent, a radius of zero: the gradient of 7 samples in 3 parts is that of the batch."""
     given = {"max_steps": 3, "learning_rate": 0.1, "per_device_train_batch_size": 7, "max_grad_norm": 0.0}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import math
-import time
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -110,6 +109,13 @@ def test_benchmark_repeats_the_passes_and_looks_of_a_method_that_selects_samples
     )
     alone("", at, AdamW(at.trained, lr=0.0), replayed, passes).run(1)
     assert seen == work
+
+
+def test_a_step_that_fails_leaves_no_hook_on_the_model():
+    at = Setting(bert(), {"input_ids": torch.arange(40).view(8, 5), "labels": torch.full((8,), 99)}, "cpu", bf16=False)
+    with pytest.raises(IndexError):
+        recorded(at, "esam")
+    assert not at.model._forward_pre_hooks
 
 
 def test_benchmark_that_is_cut_off_keeps_the_rounds_that_are_whole():
@@ -234,12 +240,17 @@ def test_a_trainers_passes_looks_and_optimizer_are_each_watched_once(method, ent
     assert 0 < taken.beside < taken.seconds
 
 
-def test_what_is_watched_inside_of_something_else_counts_once():
-    watch = Stopwatch()
-    began = time.perf_counter()
-    with watch.running(), watch.running():
-        time.sleep(0.01)
-    assert 0.01 <= watch.seconds <= time.perf_counter() - began
+def test_what_is_watched_inside_of_something_else_counts_once(monkeypatch):
+    now, watch = [0.0], Stopwatch()
+    monkeypatch.setattr(step_meters, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    with watch.running():
+        now[0] += 1
+        with contextlib.suppress(ValueError), watch.running():
+            now[0] += 3
+            raise ValueError
+        now[0] += 1
+    now[0] += 7
+    assert watch.seconds == 5
 
 
 def test_what_our_trainer_adds_is_told_from_what_the_method_adds():
@@ -255,7 +266,9 @@ def test_what_our_trainer_adds_is_told_from_what_the_method_adds():
     rows = [Row(**blank | {"loop": name, "beside_ms": ms}) for name, ms in beside.items()]
     assert "50.0 ms more than the stock Trainer, of which 40.0 are the method's: 10.0 ms, 1.0 %" in report(rows, 5)
     assert "SSAMTrainer, sam:" not in report(rows, 5), "`sam` alone was not measured"
-    on_gpu = [replace(r, beside_ms=math.nan) for r in rows]
+    assert "ssam: 40.0 ms beyond its passes" in report(rows, 5)
+    on_gpu = [replace(r, beside_ms=math.nan, beyond_ms=33.0) for r in rows]
+    assert "ssam: 33.0 ms beyond its passes" in report(on_gpu, 5)
     assert "more than the stock Trainer" not in report(on_gpu, 5), "the host does not wait for a GPU's passes"
 
 
